@@ -1,0 +1,1 @@
+"""Continuous control with an actor and a critic."""

@@ -1,0 +1,304 @@
+"""SAC: Soft Actor-Critic.
+
+Paper: "Soft Actor-Critic Algorithms and Applications", Haarnoja et al., arXiv 1812.05905, which follows
+"Soft Actor-Critic: Off-Policy Maximum Entropy Deep Reinforcement Learning with a Stochastic Actor", ICML 2018,
+arXiv 1801.01290.
+
+The agent maximises the return plus alpha times the entropy of its policy. A squashed Gaussian actor climbs the critic
+through its own, reparameterised samples; twin critics regress on the smaller of their two targets, which curbs the
+over-estimation that the climbing actor would exploit; alpha is the dual variable of the constraint that the policy
+keep a given entropy on average. TQC, DSAC, REDQ, DroQ and CrossQ change the critic and keep the rest.
+
+    target        y = r + gamma (1 - terminated) (min over i of Q_target_i(s', a') - alpha log pi(a'|s')),
+                  with a' ~ pi(.|s')
+    critics       sum over i of the mean of (Q_i(s, a) - y)^2
+    actor         mean of alpha log pi(a|s) - min over i of Q_i(s, a),  a ~ pi(.|s)
+    temperature   -log alpha (mean of log pi(a|s) + target entropy)
+    targets       psi_target <- psi_target + polyak (psi - psi_target)
+
+Differences from the paper: the temperature's loss is the log form of the authors' code (the paper's eq. 18 has alpha
+in place of log alpha, which scales its gradient by alpha); the number of critics is free.
+
+Run:      python algorithms/actor_critic/sac.py --env-id Pendulum-v1
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable, returns
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Real,
+    check_replay,
+    configuration,
+    continuous_action_size,
+)
+from jaxrl_dist.experience import Experience
+from jaxrl_dist.interaction import Average, Transition, average
+from jaxrl_dist.normalization import normalize
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of SAC; the defaults are the paper's. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 1
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 1
+    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 10_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 1_000_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """transitions per update"""
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    polyak: Fraction = 0.005
+    """how far the target parameters move towards the online ones at every update"""
+    actor_learning_rate: NonNegative = 3e-4
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 3e-4
+    """step size of the critics' Adam"""
+    temperature_learning_rate: NonNegative = 3e-4
+    """step size of the temperature's Adam; 0 keeps the temperature where it starts"""
+    initial_temperature: Positive = 1.0
+    """alpha at the start, the weight of the policy's entropy"""
+    target_entropy_per_action: Real = -1.0
+    """entropy to which the temperature steers the policy, per action component"""
+
+    actor_hidden: tuple[int, ...] = (256, 256)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (256, 256)
+    """widths of each critic's hidden layers"""
+    num_critics: Count = 2
+    """number of critics whose minimum is taken"""
+
+
+# Pendulum's sizes are ours, for a CPU.
+PRESETS = {
+    "Pendulum-v1": {
+        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = networks.MLP((*self.hidden, 2 * self.action_size), name="mlp")(observation)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.clip(log_std, -20, 2)
+
+
+class Critic(nn.Module):
+    """Soft action values, `[batch, observation]`, `[batch, actions]` -> `[batch, critics]`."""
+
+    hidden: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, action: jax.Array) -> jax.Array:
+        inputs = jnp.concatenate([observation, action], axis=-1)
+        return networks.EnsembleMLP(self.num_critics, (*self.hidden, 1), name="mlp")(inputs)[..., 0]
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    actor: chex.ArrayTree
+    critic: chex.ArrayTree
+    target_critic: chex.ArrayTree
+    log_temperature: jax.Array
+    actor_optimizer: optax.OptState
+    critic_optimizer: optax.OptState
+    temperature_optimizer: optax.OptState
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_value(
+    config: Config, batch: Transition, next_values: jax.Array, next_log_density: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Reward plus the successor's discounted soft value, the smallest of the critics' `[batch, critics]`: `[batch]`."""
+    discount = returns.bootstrap_discount(config.discount, batch.terminated)
+    return batch.reward + discount * (next_values.min(-1) - temperature * next_log_density)
+
+
+def critic_loss(values: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared error of `[batch, critics]` values on `[batch]` targets, mean over the batch, sum over critics."""
+    return ((values - target[:, None]) ** 2).mean(0).sum()
+
+
+def actor_loss(values: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Soft value to be maximised, with the smallest of the critics' values `[batch, critics]`."""
+    return (temperature * log_density - values.min(-1)).mean()
+
+
+def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
+    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target."""
+    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """SAC on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    action_size = continuous_action_size(env, env_params)
+    check_replay(config)
+    actor = Actor(config.actor_hidden, action_size)
+    critic = Critic(config.critic_hidden, config.num_critics)
+    actor_adam = optax.adam(config.actor_learning_rate)
+    critic_adam = optax.adam(config.critic_learning_rate)
+    temperature_adam = optax.adam(config.temperature_learning_rate)
+    target_entropy = config.target_entropy_per_action * action_size
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+
+    def sample_action(actor_parameters, observation, key):
+        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
+
+    def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
+        """One gradient step of critics, actor and temperature, and one of the target critics towards the critics."""
+        next_action_key, action_key = jax.random.split(key)
+        temperature = jnp.exp(learner.log_temperature)
+
+        next_action, next_log_density = sample_action(learner.actor, batch.next_observation, next_action_key)
+        next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
+        target = target_value(config, batch, next_values, next_log_density, temperature)
+
+        def critic_objective(parameters):
+            values = critic.apply(parameters, batch.observation, batch.action)
+            return critic_loss(values, target), values
+
+        (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
+        critic_gradient_norm = optax.global_norm(gradient)
+        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
+        critic_parameters = optax.apply_updates(learner.critic, changes)
+
+        def actor_objective(parameters):
+            action, log_density = sample_action(parameters, batch.observation, action_key)
+            values = critic.apply(critic_parameters, batch.observation, action)
+            return actor_loss(values, log_density, temperature), log_density
+
+        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
+        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
+        actor_parameters = optax.apply_updates(learner.actor, changes)
+
+        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
+        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
+        log_temperature = optax.apply_updates(learner.log_temperature, changes)
+
+        target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
+        metrics = {
+            "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "entropy": -log_density.mean(), "value": values.mean(), "target": target.mean(),
+            "critic_gradient_norm": critic_gradient_norm,
+        }  # fmt: skip
+        learner = Learner(
+            actor_parameters, critic_parameters, target_critic, log_temperature,
+            actor_optimizer, critic_optimizer, temperature_optimizer,
+        )  # fmt: skip
+        return learner, jax.tree.map(average, metrics)
+
+    def init(key: jax.Array) -> State:
+        key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
+        observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
+        actor_parameters = actor.init(actor_key, observation)
+        critic_parameters = critic.init(critic_key, observation, action)
+        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        learner = Learner(
+            actor_parameters, critic_parameters, critic_parameters, log_temperature,
+            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+            temperature_adam.init(log_temperature),
+        )  # fmt: skip
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
+        )  # fmt: skip
+        return State(learner, filled, key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return state._replace(key=key, experience=lived), episodes
+
+        def learn(state, _):
+            key, sample_key, update_key = jax.random.split(state.key, 3)
+            batch = experience.sample(state.experience, sample_key, config.batch_size)
+            learner, losses = update(state.learner, batch, update_key)
+            return state._replace(key=key, learner=learner), losses
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return policies.squashed_mode(mean)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        observation = normalize(state.experience.normalizer, observation)
+        action, log_density = sample_action(state.learner.actor, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature) * log_density
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
+        observation = normalize(state.experience.normalizer, observation)
+        return critic.apply(state.learner.critic, observation, action)
+
+    def export(state: State) -> dict[str, jax.Array]:
+        return portable.mlp_policy(
+            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
+        )
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=config.num_envs * config.steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -1,0 +1,309 @@
+"""TD3: Twin Delayed Deep Deterministic Policy Gradient.
+
+Paper: "Addressing Function Approximation Error in Actor-Critic Methods", Fujimoto, van Hoof, Meger, ICML 2018,
+arXiv 1802.09477.
+
+DDPG's actor climbs every positive error of its critic, and the targets copy what it finds. TD3 answers with three
+changes: two critics regress on the smaller of their two targets; the actor and all targets move once every few critic
+updates, so that they follow a critic whose error has settled; and the target action is blurred by clipped noise, since
+similar actions should have similar values.
+
+    target        y = r + gamma (1 - terminated) min over i of Q_target_i(s', a'),
+                  a' = clip(mu_target(s') + clip(noise, -c, c), -1, 1),  noise ~ N(0, sigma^2) per action component
+    critics       sum over i of the mean of (Q_i(s, a) - y)^2
+    actor         -mean of Q_1(s, mu(s)), once every `policy_delay` critic updates
+    targets       phi_target <- phi_target + polyak (phi - phi_target) for actor and critics, with the actor
+
+Differences from the paper: defaults are those of the authors' present code (learning rate 3e-4, batch 256, 256-256);
+`--preset paper` takes the paper's. An iteration takes `policy_delay` environment steps before as many critic updates:
+the acting policy is the same as with alternating steps and updates, because it only changes every `policy_delay`
+updates.
+
+Run:      python algorithms/actor_critic/td3.py --env-id Pendulum-v1
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, portable, returns
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    NonNegative,
+    check_replay,
+    configuration,
+    continuous_action_size,
+    require,
+)
+from jaxrl_dist.experience import Experience
+from jaxrl_dist.interaction import Average, Transition, average
+from jaxrl_dist.normalization import normalize
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of TD3; the defaults are those of the authors' code. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 1
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 2
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 25_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 1_000_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """transitions per update"""
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    polyak: Fraction = 0.005
+    """how far the target parameters move towards the online ones, once per actor update"""
+    actor_learning_rate: NonNegative = 3e-4
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 3e-4
+    """step size of the critics' Adam"""
+    exploration_noise: NonNegative = 0.1
+    """standard deviation of the Gaussian noise on the actions taken"""
+
+    actor_hidden: tuple[int, ...] = (256, 256)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (256, 256)
+    """widths of each critic's hidden layers"""
+    num_critics: Count = 2
+    """number of critics whose minimum is taken"""
+    policy_delay: Count = 2
+    """critic updates per update of the actor and of the targets"""
+    target_noise: NonNegative = 0.2
+    """standard deviation of the noise on the target action"""
+    target_noise_clip: NonNegative = 0.5
+    """largest size of that noise"""
+
+
+# Pendulum's sizes are ours, for a CPU.
+PRESETS = {
+    "paper": {
+        "warmup_steps": 10_000, "batch_size": 100, "actor_hidden": (400, 300), "critic_hidden": (400, 300),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+    },
+    "Pendulum-v1": {
+        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """The deterministic policy mu, `[batch, observation]` -> `[batch, actions]` in [-1, 1]."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        return jnp.tanh(networks.MLP((*self.hidden, self.action_size), name="mlp")(observation))
+
+
+class Critic(nn.Module):
+    """Action values, `[batch, observation]`, `[batch, actions]` -> `[batch, critics]`."""
+
+    hidden: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, action: jax.Array) -> jax.Array:
+        inputs = jnp.concatenate([observation, action], axis=-1)
+        return networks.EnsembleMLP(self.num_critics, (*self.hidden, 1), name="mlp")(inputs)[..., 0]
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    actor: chex.ArrayTree
+    critic: chex.ArrayTree
+    target_actor: chex.ArrayTree
+    target_critic: chex.ArrayTree
+    actor_optimizer: optax.OptState
+    critic_optimizer: optax.OptState
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def smoothed_action(config: Config, action: jax.Array, noise: jax.Array) -> jax.Array:
+    """The target action blurred by scaled and clipped N(0, 1) noise, both `[batch, actions]`; within [-1, 1]."""
+    return jnp.clip(
+        action + jnp.clip(config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip), -1, 1
+    )
+
+
+def target_value(config: Config, batch: Transition, next_values: jax.Array) -> jax.Array:
+    """Reward plus the successor's discounted value, the smallest of the critics' `[batch, critics]`: `[batch]`."""
+    discount = returns.bootstrap_discount(config.discount, batch.terminated)
+    return batch.reward + discount * next_values.min(-1)
+
+
+def critic_loss(values: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared error of `[batch, critics]` values on `[batch]` targets, mean over the batch, sum over critics."""
+    return ((values - target[:, None]) ** 2).mean(0).sum()
+
+
+def actor_loss(values: jax.Array) -> jax.Array:
+    """Value to be maximised, the *first* critic's of `[batch, critics]`."""
+    return -values[:, 0].mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """TD3 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    action_size = continuous_action_size(env, env_params)
+    check_replay(config)
+    require(
+        config.updates_per_iteration % config.policy_delay == 0,
+        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
+        f"{config.policy_delay}",
+    )
+    actor = Actor(config.actor_hidden, action_size)
+    critic = Critic(config.critic_hidden, config.num_critics)
+    actor_adam = optax.adam(config.actor_learning_rate)
+    critic_adam = optax.adam(config.critic_learning_rate)
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+
+    def update_critic(learner: Learner, batch: Transition, noise: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step of the critics."""
+        next_action = smoothed_action(config, actor.apply(learner.target_actor, batch.next_observation), noise)
+        next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
+        target = target_value(config, batch, next_values)
+
+        def critic_objective(parameters):
+            values = critic.apply(parameters, batch.observation, batch.action)
+            return critic_loss(values, target), values
+
+        (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
+        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
+        critic_parameters = optax.apply_updates(learner.critic, changes)
+        metrics = {
+            "critic_loss": critic_value, "value": values.mean(), "target": target.mean(),
+            "critic_gradient_norm": optax.global_norm(gradient),
+        }  # fmt: skip
+        return learner._replace(critic=critic_parameters, critic_optimizer=critic_optimizer), metrics
+
+    def update_actor(learner: Learner, batch: Transition) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step of the actor, and one step of all targets towards their online networks."""
+
+        def actor_objective(parameters):
+            action = actor.apply(parameters, batch.observation)
+            return actor_loss(critic.apply(learner.critic, batch.observation, action)), action
+
+        (actor_value, action), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
+        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
+        actor_parameters = optax.apply_updates(learner.actor, changes)
+        learner = learner._replace(
+            actor=actor_parameters,
+            actor_optimizer=actor_optimizer,
+            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, learner.critic, config.polyak),
+        )
+        return learner, {"actor_loss": actor_value, "saturation": (jnp.abs(action) > 0.99).mean()}
+
+    def init(key: jax.Array) -> State:
+        key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
+        observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
+        actor_parameters = actor.init(actor_key, observation)
+        critic_parameters = critic.init(critic_key, observation, action)
+        learner = Learner(
+            actor_parameters, critic_parameters, actor_parameters, critic_parameters,
+            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+        )  # fmt: skip
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
+        )  # fmt: skip
+        return State(learner, filled, key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return state._replace(key=key, experience=lived), episodes
+
+        def learn(state, _):
+            # One update of the actor, on the last of the batches that the critics were updated with before it.
+            key, sample_key, noise_key = jax.random.split(state.key, 3)
+            batch = experience.sample(state.experience, sample_key, config.policy_delay * config.batch_size)
+            batches = jax.tree.map(lambda x: x.reshape(config.policy_delay, config.batch_size, *x.shape[1:]), batch)
+            noise = jax.random.normal(noise_key, batches.action.shape)
+            learner, critic_metrics = jax.lax.scan(
+                lambda learner, batch_and_noise: update_critic(learner, *batch_and_noise),
+                state.learner,
+                (batches, noise),
+            )
+            learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches))
+            losses = jax.tree.map(average, critic_metrics | actor_metrics)
+            return state._replace(key=key, learner=learner), losses
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        rounds = config.updates_per_iteration // config.policy_delay
+        state, losses = jax.lax.scan(learn, state, length=rounds)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        action = act(state, observation, key)
+        return jnp.clip(action + config.exploration_noise * jax.random.normal(key, action.shape), -1, 1)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
+        observation = normalize(state.experience.normalizer, observation)
+        return critic.apply(state.learner.critic, observation, action)
+
+    def export(state: State) -> dict[str, jax.Array]:
+        return portable.mlp_policy(
+            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
+        )
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=config.num_envs * config.steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -1,0 +1,5 @@
+"""`python -m jaxrl_dist` is the command `jaxrl-dist`."""
+
+from jaxrl_dist.cli import command
+
+command()

@@ -1,0 +1,147 @@
+"""The contract every algorithm file fulfils, and configurations that can be swept and checked."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class ConfigurationError(ValueError):
+    """A setting that cannot work; the message names the argument, its value and what is allowed."""
+
+
+class Agent(NamedTuple):
+    """One algorithm on one environment, as pure functions that can be jitted, vmapped over runs, and sharded.
+
+    Observations and actions carry a leading batch axis in `act`, `target_policy` and `predict`.
+    """
+
+    init: Callable[[jax.Array], Any]
+    """`init(key) -> state`: parameters, replay filled by uniform random actions, environments in mid-episode."""
+    step: Callable[[Any], tuple[Any, dict]]
+    """`step(state) -> (state, metrics)`: one iteration, interact and then learn; metrics are `interaction.Average`s."""
+    act: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    """`act(state, observation, key) -> action`: what evaluation runs, without exploration."""
+    target_policy: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    """`target_policy(state, observation, key) -> (action, bonus)`: the policy whose return the critic learns, and what
+    that return adds to each reward after the first (the entropy bonus of soft agents, else 0), `[batch]`."""
+    predict: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    """`predict(state, observation, action) -> atoms`: the learned return distribution as equally weighted atoms
+    `[batch, atoms]`; agents that learn a mean return one atom per critic."""
+    export: Callable[[Any], dict[str, jax.Array]]
+    """`export(state) -> arrays`: the evaluation policy for `portable.save_policy`."""
+    warmup_steps: int
+    """Environment steps taken by `init`."""
+    steps_per_iteration: int
+    """Environment steps taken by one `step`, over all environments."""
+    updates_per_iteration: int
+    """Gradient updates of the critic in one `step`."""
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Allowed values of a numeric field, attached to its type with `Annotated`."""
+
+    low: float
+    high: float
+    open_below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.open_below else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        opening = "(" if self.open_below or math.isinf(self.low) else "["
+        return f"{opening}{self.low:g}, {self.high:g}{')' if math.isinf(self.high) else ']'}"
+
+
+Real = Annotated[float, Range(-math.inf, math.inf)]
+Positive = Annotated[float, Range(0, math.inf, open_below=True)]
+NonNegative = Annotated[float, Range(0, math.inf)]
+Fraction = Annotated[float, Range(0, 1)]
+Count = Annotated[int, Range(1, math.inf)]
+Natural = Annotated[int, Range(0, math.inf)]
+
+
+def configuration(cls):
+    """Class decorator: a frozen dataclass whose floats are traced leaves of a pytree and whose other fields are static.
+
+    So one compiled program serves every value of a float, and `jax.vmap` sweeps it; sizes and choices select programs.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    hints = typing.get_type_hints(cls)
+    leaves = [field.name for field in dataclasses.fields(cls) if hints[field.name] is float]
+    static = [field.name for field in dataclasses.fields(cls) if hints[field.name] is not float]
+    return jax.tree_util.register_dataclass(cls, leaves, static)
+
+
+def check_configuration(config) -> None:
+    """Raise ConfigurationError for the first number that is not finite or lies outside its field's range."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        hint, value = hints[field.name], getattr(config, field.name)
+        ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+        if isinstance(value, tuple):
+            ranges, numbers = [Range(1, math.inf)], value
+        elif ranges:
+            numbers = np.ravel(np.asarray(value))
+        else:
+            continue
+        for number in numbers:
+            if not math.isfinite(number) or any(number not in allowed for allowed in ranges):
+                allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
+                raise ConfigurationError(f"{option(field.name)} is {value}; it must be {allowed}")
+
+
+def option(field_name: str) -> str:
+    """The command-line spelling of a field: `batch_size` -> `--batch-size`."""
+    return "--" + field_name.replace("_", "-")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigurationError unless `condition` holds; the message names argument, value and what is allowed."""
+    if not condition:
+        raise ConfigurationError(message)
+
+
+def continuous_action_size(env, env_params) -> int:
+    """Number of action components of an environment with vector observations and actions in [-1, 1]^n."""
+    action_space, observation_space = env.action_space(env_params), env.observation_space(env_params)
+    require(
+        hasattr(action_space, "low"),
+        f"--env-id is {env.name}, whose actions are discrete; this algorithm needs continuous actions",
+    )
+    require(
+        len(action_space.shape) == 1 and np.all(action_space.low == -1) and np.all(action_space.high == 1),
+        f"--env-id is {env.name}, whose actions have shape {action_space.shape} and bounds {action_space.low} to "
+        f"{action_space.high}; this algorithm needs a vector in [-1, 1] (jaxrl_dist.envs.make rescales)",
+    )
+    require(
+        len(observation_space.shape) == 1,
+        f"--env-id is {env.name}, whose observations have shape {observation_space.shape}; "
+        "this algorithm needs vectors",
+    )
+    return action_space.shape[0]
+
+
+def check_replay(config) -> None:
+    """The relations between sizes that every replay-based algorithm needs, before anything compiles."""
+    require(
+        config.batch_size <= config.warmup_steps,
+        f"--batch-size is {config.batch_size}; it must be at most --warmup-steps = {config.warmup_steps}, "
+        "so that the first batch holds rows that were written",
+    )
+    require(
+        config.warmup_steps <= config.replay_capacity,
+        f"--replay-capacity is {config.replay_capacity}; it must be at least --warmup-steps = {config.warmup_steps}",
+    )
+    require(
+        config.num_envs <= config.warmup_steps,
+        f"--num-envs is {config.num_envs}; it must be at most --warmup-steps = {config.warmup_steps}",
+    )

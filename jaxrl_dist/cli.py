@@ -1,0 +1,227 @@
+"""The command line: `python algorithms/FAMILY/NAME.py ...` and `jaxrl-dist list|train|evaluate|plot|doctor`.
+
+Algorithms and environments are found by name and imported only when asked for.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[str, Any]], arguments=None) -> None:
+    """Entry point of an algorithm file: parse options, train; exits with 1 (broke), 2 (bad input) or 130 (Ctrl-C).
+
+    The environment's preset, if there is one, becomes the defaults; options given on the command line override it.
+    """
+    spread_over_cores()
+    from jaxrl_dist import problem, runner
+
+    algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    default_env = problem.RunOptions.env_id
+    env_id = _peek(arguments, "--env-id", default_env)
+    with _clear_errors(console):
+        preset_name = _peek(arguments, "--preset", problem.RunOptions.preset)
+        preset_name = env_id if preset_name == "auto" and env_id in presets else preset_name
+        if preset_name not in ("auto", "none", *presets):
+            raise ValueError(f"--preset is {preset_name!r}; it must be auto, none or one of {', '.join(presets)}")
+        preset = presets.get(preset_name, {})
+        options, config = _parse(
+            problem.RunOptions, config_type, preset, arguments, prog=f"{algorithm}.py",
+            description=_description(make_agent, preset_name if preset else ""),
+        )  # fmt: skip
+        if preset:
+            console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
+        runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+
+
+def spread_over_cores() -> None:
+    """On CPU, give JAX one device per core, so that seeds train side by side; must run before JAX starts."""
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def _parse(options_type, config_type, preset, arguments, *, prog: str, description: str):
+    """Options of the run and of the algorithm in two groups of one flat command line."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        run: Annotated[options_type, tyro.conf.arg(name="")] = dataclasses.field(default_factory=options_type)
+        algorithm: Annotated[config_type, tyro.conf.arg(name="")] = dataclasses.field(
+            default_factory=lambda: config_type(**preset)
+        )
+
+    parsed = tyro.cli(
+        Arguments, args=arguments, prog=prog, description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )  # fmt: skip
+    return parsed.run, parsed.algorithm
+
+
+def _description(make_agent, preset_name: str) -> str:
+    text = (sys.modules[make_agent.__module__].__doc__ or "").strip().split("\n\n")
+    shown = f"The defaults shown are those of the preset {preset_name}.\n\n" if preset_name else ""
+    return f"{text[0]}\n\n{text[1]}\n\n{shown}"
+
+
+def _peek(arguments: Sequence[str], name: str, default: str) -> str:
+    """The value of one option before the full parser, whose defaults depend on it, exists."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, name.replace("-", "_").replace("__", "--", 1), dest="value", default=default)
+    return parser.parse_known_args(arguments)[0].value
+
+
+@contextlib.contextmanager
+def _clear_errors(console: Console) -> Iterator[None]:
+    """Bad input ends in one line and exit code 2, a broken run in one line and 1, Ctrl-C in 130: no tracebacks."""
+    from jaxrl_dist.runner import NonFiniteMetric
+
+    try:
+        yield
+    except ValueError as error:
+        # Only errors raised on purpose are one line; anything else is a bug and keeps its traceback.
+        if not _is_ours(error):
+            raise
+        console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(USAGE_ERROR)
+    except NonFiniteMetric as error:
+        console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the exception was raised by a line of this project rather than inside a library."""
+    traceback = error.__traceback__
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
+
+
+# -- jaxrl-dist -------------------------------------------------------------------------------------------------------
+
+
+def algorithms() -> dict[str, str]:
+    """Name of every algorithm -> its module, found by looking, not by registration."""
+    root = importlib.import_module("jaxrl_dist.algorithms")
+    found = {}
+    for family in pkgutil.iter_modules(root.__path__, f"{root.__name__}."):
+        if family.ispkg:
+            package = importlib.import_module(family.name)
+            found |= {
+                m.name.rsplit(".", 1)[1]: m.name for m in pkgutil.iter_modules(package.__path__, f"{family.name}.")
+            }
+    return found
+
+
+def find_algorithm(name: str):
+    """Import the module of an algorithm; an unknown name is a ValueError with the nearest ones."""
+    known = algorithms()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known ones: {', '.join(sorted(known))}"
+        raise ValueError(f"NAME is {name!r}, which is no algorithm; {hint}")
+    return importlib.import_module(known[name])
+
+
+def command(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `jaxrl-dist` and `python -m jaxrl_dist`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="jaxrl-dist", description="Fully jitted distributional reinforcement learning."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="algorithms and environments")
+    train = commands.add_parser(
+        "train", help="train an algorithm: jaxrl-dist train NAME [options of NAME]", add_help=False
+    )
+    train.add_argument("name", metavar="NAME")
+    evaluate = commands.add_parser("evaluate", help="evaluate the newest checkpoint of a run")
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    evaluate.add_argument("--episodes", type=int, default=100, help="episodes per seed (default: 100)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the evaluation (default: 0)")
+    plot = commands.add_parser("plot", help="compare the learning curves of runs")
+    plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    plot.add_argument("--metric", default="evaluation_return", help="column of metrics.csv to draw")
+    plot.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture to write")
+    commands.add_parser("doctor", help="versions, devices, and whether what was asked for is what is used")
+
+    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        console = Console()
+        with _clear_errors(console):
+            module = find_algorithm(arguments[1])
+        main(module.Config, module.make_agent, module.PRESETS, arguments[2:])
+        return
+    parsed = parser.parse_args(arguments)
+    console = Console()
+    with _clear_errors(console):
+        if parsed.command == "list":
+            _list(console)
+        elif parsed.command == "evaluate":
+            _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
+        elif parsed.command == "plot":
+            _plot(parsed.runs, parsed.metric, parsed.out, console)
+        elif parsed.command == "doctor":
+            from jaxrl_dist import doctor
+
+            sys.exit(doctor.main())
+
+
+def _list(console: Console) -> None:
+    from jaxrl_dist import envs
+
+    table = Table("family", "algorithm", "what it is", title="algorithms")
+    for name, module in sorted(algorithms().items(), key=lambda item: item[1]):
+        # The first line of the docstring, read without importing the algorithm (and JAX with it).
+        source = Path(importlib.util.find_spec(module).origin).read_text()
+        table.add_row(module.split(".")[-2], name, source.split('"""')[1].splitlines()[0])
+    console.print(table)
+    table = Table("family", "environments", title="environments")
+    for family, ids in envs.available().items():
+        table.add_row(family, ", ".join(ids))
+    console.print(table)
+
+
+def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
+    spread_over_cores()
+    from jaxrl_dist import reporting
+
+    console.print(f"evaluating {folder} ...")
+    seeds, returns = reporting.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
+    reporting.print_results(console, seeds, returns)
+
+
+def _plot(folders: Sequence[Path], metric: str, out: Path, console: Console) -> None:
+    from jaxrl_dist import plotting, recording
+
+    frames = {}
+    for folder in folders:
+        config = recording.read_config(folder)
+        label = f"{config['algorithm']} {folder.name}" if len(folders) > 1 else config["algorithm"]
+        if label in frames:
+            label = str(folder)
+        frames[label] = recording.read_metrics(folder)
+    environments = sorted({recording.read_config(folder)["options"]["env_id"] for folder in folders})
+    plotting.learning_curve(frames, out, title=", ".join(environments), metric=metric)
+    console.print(f"wrote {out}")

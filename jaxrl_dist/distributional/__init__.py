@@ -1,0 +1,1 @@
+"""Mathematics of return distributions: pure functions on arrays, no networks, no state."""

@@ -1,0 +1,180 @@
+"""Return distributions as equally weighted atoms: the quantile representation.
+
+A distribution is an array `[..., quantiles]` whose entry m is the value at the fraction `midpoints(quantiles)[m]`.
+Networks may cross their quantiles; nothing here assumes that predictions are sorted.
+"""
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def midpoints(num_quantiles: int) -> jax.Array:
+    """Fractions (2m - 1) / 2M at which M quantiles minimise the Wasserstein-1 distance (QR-DQN, Lemma 2): `[M]`."""
+    if num_quantiles < 1:
+        raise ValueError(f"num_quantiles is {num_quantiles}; it must be at least 1")
+    return (jnp.arange(num_quantiles, dtype=jnp.float32) + 0.5) / num_quantiles
+
+
+# -- the quantile Huber loss ------------------------------------------------------------------------------------------
+
+
+def quantile_huber_loss(
+    predicted: jax.Array,
+    target: jax.Array,
+    fractions: jax.Array,
+    *,
+    kappa: float | jax.Array = 1.0,
+    over_predicted: Literal["mean", "sum"],
+) -> jax.Array:
+    """Quantile regression of predicted atoms on target atoms, smoothed by the Huber function (QR-DQN, eq. 9-10).
+
+    With u = target - predicted, each pair costs |fraction - 1{u < 0}| * huber_kappa(u) / kappa. Costs are averaged over
+    the target atoms, and summed (QR-DQN, IQN) or averaged (TQC) over the predicted ones. The gradient reaches
+    `predicted` alone: targets and fractions are constants of this loss.
+
+    Args:
+        predicted: `[batch, *members, quantiles]`; any number of axes (critics) between batch and quantiles.
+        target: `[batch, targets]`, shared by all members.
+        fractions: `[quantiles]`, or any shape that broadcasts to `predicted`; it belongs to the *predicted* axis.
+        kappa: threshold of the Huber function in units of return; 0 is plain quantile regression.
+        over_predicted: how the predicted axis is reduced.
+
+    Returns:
+        Loss per batch element and member, `[batch, *members]`.
+    """
+    if over_predicted not in ("mean", "sum"):
+        raise ValueError(f"over_predicted is {over_predicted!r}; it must be 'mean' or 'sum'")
+    chex.assert_rank(target, 2)
+    chex.assert_equal_shape_prefix([predicted, target], 1)
+    fractions = jnp.broadcast_to(fractions, predicted.shape)
+    cost = _mean_pairwise_cost(predicted, target, fractions, jnp.asarray(kappa, predicted.dtype))
+    return cost.mean(-1) if over_predicted == "mean" else cost.sum(-1)
+
+
+@jax.custom_vjp
+def _mean_pairwise_cost(predicted, target, fractions, kappa):
+    return _cost_and_slope(predicted, target, fractions, kappa)[0]
+
+
+def _forward(predicted, target, fractions, kappa):
+    return _cost_and_slope(predicted, target, fractions, kappa)
+
+
+def _backward(slope, cotangent):
+    return cotangent * slope, None, None, None
+
+
+_mean_pairwise_cost.defvjp(_forward, _backward)
+
+
+def _cost_and_slope(predicted, target, fractions, kappa):
+    """Mean pair cost of each predicted atom and its derivative, in one pass over the pairs.
+
+    Cost and derivative share every intermediate, so computing both here avoids materialising the
+    `[batch, members, quantiles, targets]` array that automatic differentiation would keep.
+    """
+    kappa = jnp.maximum(kappa, jnp.finfo(predicted.dtype).tiny)
+
+    def pair(theta, y, tau):
+        u = y - theta
+        slope = jnp.where(u < 0, 1 - tau, tau) * jnp.clip(u / kappa, -1, 1)
+        return slope * u - 0.5 * kappa * slope * jnp.clip(u / kappa, -1, 1), slope
+
+    def dense(predicted, target, fractions):
+        y = target.reshape(target.shape[0], *(1,) * (predicted.ndim - 1), target.shape[1])
+        cost, slope = pair(predicted[..., None], y, fractions[..., None])
+        return cost.mean(-1), -slope.mean(-1)
+
+    def blocked(predicted, target, fractions):
+        # On CPU: one target atom at a time, vectorised over all predictions, measured 30 times faster than `dense`.
+        def accumulate(sums, y):
+            y = y.reshape(-1, *(1,) * (predicted.ndim - 1))
+            return jax.tree.map(jnp.add, sums, pair(predicted, y, fractions)), None
+
+        zeros = jnp.zeros_like(predicted)
+        (cost, slope), _ = jax.lax.scan(accumulate, (zeros, zeros), target.T, unroll=min(5, target.shape[1]))
+        return cost / target.shape[1], -slope / target.shape[1]
+
+    return jax.lax.platform_dependent(predicted, target, fractions, cpu=blocked, default=dense)
+
+
+# -- mixtures of critics ----------------------------------------------------------------------------------------------
+
+
+def truncate_pooled(atoms: jax.Array, dropped_per_critic: int) -> jax.Array:
+    """Pool all critics' atoms, sort, and drop the largest: the truncated mixture of TQC (section 3, eq. 10-11).
+
+    Args:
+        atoms: `[batch, critics, quantiles]`.
+        dropped_per_critic: d; d * critics atoms leave the *pool* (not d from each critic).
+
+    Returns:
+        The smallest critics * (quantiles - d) atoms in ascending order, `[batch, critics * (quantiles - d)]`.
+    """
+    chex.assert_rank(atoms, 3)
+    batch, critics, quantiles = atoms.shape
+    if not 0 <= dropped_per_critic < quantiles:
+        raise ValueError(
+            f"dropped_per_critic is {dropped_per_critic}; it must be in [0, {quantiles - 1}] for {quantiles} quantiles"
+        )
+    pooled = sort_atoms(atoms.reshape(batch, critics * quantiles))
+    return pooled[:, : critics * (quantiles - dropped_per_critic)]
+
+
+def sort_atoms(atoms: jax.Array) -> jax.Array:
+    """Sort each row ascending, `[batch, atoms]` -> `[batch, atoms]`; a NaN spoils its whole row (on CPU) or its end."""
+    chex.assert_rank(atoms, 2)
+    return jax.lax.platform_dependent(atoms, cpu=_sorting_network, default=lambda x: jnp.sort(x, axis=-1))
+
+
+def _sorting_network(rows: jax.Array) -> jax.Array:
+    """Bitonic sorting network, vectorised over the batch: XLA's CPU sort is scalar, this measured 25 times faster."""
+    batch, count = rows.shape
+    size = 1 << (count - 1).bit_length()
+    x = jnp.concatenate([rows.T, jnp.full((size - count, batch), jnp.inf, rows.dtype)])
+    width = 2
+    while width <= size:
+        # Merge two sorted halves of each block: compare the first half with the reversed second half ...
+        low, high = x.reshape(size // width, 2, width // 2, batch).swapaxes(0, 1)
+        high = high[:, ::-1]
+        x = jnp.stack([jnp.minimum(low, high), jnp.maximum(low, high)[:, ::-1]], axis=1).reshape(size, batch)
+        # ... then clean both halves, which are now bitonic, at halving distances.
+        distance = width // 4
+        while distance:
+            low, high = x.reshape(size // (2 * distance), 2, distance, batch).swapaxes(0, 1)
+            x = jnp.stack([jnp.minimum(low, high), jnp.maximum(low, high)], axis=1).reshape(size, batch)
+            distance //= 2
+        width *= 2
+    return x[:count].T
+
+
+# -- what a set of atoms says -----------------------------------------------------------------------------------------
+
+
+def mean(atoms: jax.Array) -> jax.Array:
+    """Expectation of equally weighted atoms, `[..., atoms]` -> `[...]`."""
+    return atoms.mean(-1)
+
+
+def cumulative_probability(atoms: jax.Array, values: jax.Array) -> jax.Array:
+    """P(Z <= value) for each value: atoms `[..., atoms]`, values `[values]` -> `[..., values]`."""
+    return (atoms[..., None, :] <= values[:, None]).mean(-1)
+
+
+def conditional_value_at_risk(atoms: jax.Array, level: float | jax.Array) -> jax.Array:
+    """Mean of the worst `level` fraction of the atoms (Rockafellar & Uryasev 2000), `[..., atoms]` -> `[...]`.
+
+    The atom on the boundary counts with the fraction of it that lies inside, so the result is exact and continuous in
+    `level` in (0, 1]; level 1 is the mean.
+    """
+    count = atoms.shape[-1]
+    inside = jnp.clip(level * count - jnp.arange(count), 0, 1)
+    return (jnp.sort(atoms, axis=-1) * inside).sum(-1) / inside.sum()
+
+
+def crossing_count(quantiles: jax.Array) -> jax.Array:
+    """Number of neighbouring quantiles in the wrong order, `[..., quantiles]` -> `[...]` int32; 0 for a true law."""
+    return (quantiles[..., 1:] < quantiles[..., :-1]).sum(-1, dtype=jnp.int32)

@@ -1,0 +1,129 @@
+"""What a trained agent is worth: episode returns, and its learned return distributions against Monte-Carlo ones."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_dist import interaction
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.returns import discounted_sum
+
+
+class Episodes(NamedTuple):
+    """Undiscounted raw return and length of the first episode of each environment, `[episodes]`."""
+
+    episode_return: jax.Array
+    episode_length: jax.Array
+
+
+class ReturnDistributions(NamedTuple):
+    """Discounted returns from the same states and first actions: learned atoms and Monte-Carlo samples.
+
+    predicted: `[states, atoms]`; monte_carlo: `[states, rollouts]`.
+    """
+
+    predicted: jax.Array
+    monte_carlo: jax.Array
+
+
+def episode_limit(env_params, fallback: int = 0) -> int:
+    """Steps after which an episode ends at the latest; `fallback` where the environment itself sets no time limit."""
+    limit = int(getattr(env_params, "max_steps_in_episode", 0)) or fallback
+    if limit < 1:
+        raise ValueError(
+            "--eval-max-steps is 0, but the environment's params have no max_steps_in_episode; give the longest "
+            "evaluation episode"
+        )
+    return limit
+
+
+def evaluate(agent: Agent, env, env_params, state, key: jax.Array, *, episodes: int, max_steps: int) -> Episodes:
+    """Run the evaluation policy for one episode in each of `episodes` freshly reset environments.
+
+    No exploration, raw rewards, frozen observation statistics. Every environment counts with its first episode only,
+    so short episodes are not over-represented. Episodes still running after `max_steps` count as they stand.
+    """
+    start_key, loop_key = jax.random.split(key)
+    batch = interaction.start(env, env_params, start_key, episodes)
+    running = jnp.ones(episodes, bool)
+    totals = Episodes(jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32))
+
+    def keep_going(carry):
+        time, _, running, _ = carry
+        return (time < max_steps) & running.any()
+
+    def advance(carry):
+        time, batch, running, totals = carry
+        act_key, step_key = jax.random.split(jax.random.fold_in(loop_key, time))
+        action = agent.act(state, batch.observation, act_key)
+        batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
+        totals = Episodes(
+            totals.episode_return + jnp.where(running, transition.reward, 0), totals.episode_length + running
+        )
+        return time + 1, batch, running & ~(transition.terminated | transition.truncated), totals
+
+    return jax.lax.while_loop(keep_going, advance, (jnp.int32(0), batch, running, totals))[-1]
+
+
+def return_distributions(
+    agent: Agent,
+    env,
+    env_params,
+    state,
+    key: jax.Array,
+    *,
+    discount: float | jax.Array,
+    states: int,
+    rollouts: int,
+    horizon: int,
+    spread: int,
+) -> ReturnDistributions:
+    """Learned return atoms against Monte-Carlo returns of the same policy from the same states and first actions.
+
+    The states are reached by following the target policy for 0 to `spread` steps from fresh starts. Each one is
+    cloned `rollouts` times; the clones take the same first action and then follow the target policy, whose return
+    the critic learns. A soft critic's return holds the entropy bonus of every step but the first, and so does the
+    Monte-Carlo one. Give `env_params` whose time limit lies beyond spread + horizon, since a critic that bootstraps
+    at time limits predicts the return of the task without one. What follows after `horizon` is missing: choose it so
+    that discount^horizon is negligible.
+    """
+    start_key, spread_key, action_key, rollout_key = jax.random.split(key, 4)
+
+    def follow(batch, key):
+        act_key, step_key = jax.random.split(key)
+        action, bonus = agent.target_policy(state, batch.observation, act_key)
+        batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
+        return batch, (transition, bonus)
+
+    # State i is the one reached after i * spread / states steps.
+    batch = interaction.start(env, env_params, start_key, states)
+    stop_at = jnp.arange(states) * spread // states
+
+    def wander(batch, time):
+        moved, _ = follow(batch, jax.random.fold_in(spread_key, time))
+        return jax.tree.map(lambda new, old: _where(time < stop_at, new, old), moved, batch), None
+
+    batch, _ = jax.lax.scan(wander, batch, jnp.arange(spread))
+    first_action, _ = agent.target_policy(state, batch.observation, action_key)
+    predicted = agent.predict(state, batch.observation, first_action)
+
+    clones = jax.tree.map(lambda x: jnp.repeat(x, rollouts, axis=0), batch)
+    first_key, rest_key = jax.random.split(rollout_key)
+    clones, first, _ = interaction.step(env, env_params, clones, jnp.repeat(first_action, rollouts, axis=0), first_key)
+    alive = ~first.terminated
+
+    def rollout(carry, time):
+        clones, alive = carry
+        clones, (transition, bonus) = follow(clones, jax.random.fold_in(rest_key, time))
+        reward = jnp.where(alive, transition.reward + bonus, 0)
+        return (clones, alive & ~transition.terminated), reward
+
+    _, rewards = jax.lax.scan(rollout, (clones, alive), jnp.arange(horizon))
+    discounts = jnp.full(rewards.shape, discount)
+    monte_carlo = first.reward + discount * discounted_sum(rewards, discounts, jnp.zeros(states * rollouts))
+    return ReturnDistributions(predicted, monte_carlo.reshape(states, rollouts))
+
+
+def _where(condition, new, old):
+    return jnp.where(condition.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

@@ -1,0 +1,60 @@
+"""What an off-policy agent lives on: environments in mid-episode, the replay they fill, and observation statistics."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_dist import interaction, normalization, replay
+from jaxrl_dist.interaction import Average, Interaction, Transition
+from jaxrl_dist.normalization import RunningStatistics
+from jaxrl_dist.replay import Replay
+
+
+class Experience(NamedTuple):
+    """Part of an agent's state; `normalizer` is None where observations are taken as they are."""
+
+    replay: Replay
+    interaction: Interaction
+    normalizer: RunningStatistics | None
+
+
+def warm_up(
+    env, env_params, key: jax.Array, *, num_envs: int, steps: int, capacity: int, normalize_observations: bool
+) -> Experience:
+    """Reset the environments and store `steps` environment steps (a multiple of num_envs) of uniform random actions."""
+    start_key, warmup_key = jax.random.split(key)
+    row = interaction.transition_like(env, env_params)
+    experience = Experience(
+        replay.create(row, capacity, num_envs),
+        interaction.start(env, env_params, start_key, num_envs),
+        normalization.create(row.observation.shape) if normalize_observations else None,
+    )
+    action_space = env.action_space(env_params)
+
+    def one(experience: Experience, index: jax.Array) -> tuple[Experience, None]:
+        action_key, step_key = jax.random.split(jax.random.fold_in(warmup_key, index))
+        action = jax.vmap(action_space.sample)(jax.random.split(action_key, num_envs)).astype(row.action.dtype)
+        return collect(env, env_params, experience, action, step_key)[0], None
+
+    return jax.lax.scan(one, experience, jnp.arange(steps // num_envs))[0]
+
+
+def collect(
+    env, env_params, experience: Experience, action: jax.Array, key: jax.Array
+) -> tuple[Experience, Transition, dict[str, Average]]:
+    """Take `action` `[num_envs, *action]` in every environment and store what happens, raw."""
+    following, transition, metrics = interaction.step(env, env_params, experience.interaction, action, key)
+    normalizer = experience.normalizer
+    if normalizer is not None:
+        normalizer = normalization.update(normalizer, transition.observation)
+    return Experience(replay.add(experience.replay, transition), following, normalizer), transition, metrics
+
+
+def sample(experience: Experience, key: jax.Array, batch_size: int) -> Transition:
+    """A batch of stored transitions, both observations normalised by the present statistics."""
+    batch = replay.sample(experience.replay, key, batch_size)
+    return batch._replace(
+        observation=normalization.normalize(experience.normalizer, batch.observation),
+        next_observation=normalization.normalize(experience.normalizer, batch.next_observation),
+    )

@@ -1,0 +1,42 @@
+"""Running observation statistics: part of the training state, saved with it, frozen in evaluation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Beyond this many observations the statistics become an exponential average of this length: adding one to a float32
+# count stops having an effect at 2^24, long after which the mean would be frozen silently.
+MAX_COUNT = 1e7
+
+
+class RunningStatistics(NamedTuple):
+    """Count (float32 scalar), mean and mean squared deviation (`[observations]`) of the observations seen."""
+
+    count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+def create(observation_shape: tuple[int, ...]) -> RunningStatistics:
+    """Statistics of nothing: mean 0, variance 1, so that `normalize` is the identity."""
+    return RunningStatistics(jnp.float32(0), jnp.zeros(observation_shape), jnp.ones(observation_shape))
+
+
+def update(statistics: RunningStatistics, batch: jax.Array) -> RunningStatistics:
+    """Merge a batch `[batch, *observation]` by the parallel algorithm of Chan, Golub & LeVeque (1979)."""
+    count = jnp.float32(batch.shape[0])
+    total = statistics.count + count
+    delta = batch.mean(0) - statistics.mean
+    mean = statistics.mean + delta * count / total
+    spread = statistics.variance * statistics.count + batch.var(0) * count
+    variance = (spread + delta**2 * statistics.count * count / total) / total
+    return RunningStatistics(jnp.minimum(total, MAX_COUNT), mean, variance)
+
+
+def normalize(statistics: RunningStatistics | None, observation: jax.Array) -> jax.Array:
+    """(observation - mean) / standard deviation, clipped to ±10; without statistics (`None`) the observation itself."""
+    if statistics is None:
+        return observation
+    deviation = jnp.sqrt(statistics.variance + 1e-8)
+    return jnp.clip((observation - statistics.mean) / deviation, -10, 10)

@@ -1,0 +1,202 @@
+"""Figures of a run: learning curves with their uncertainty, learned against observed return distributions.
+
+Drawn with matplotlib's objects alone, no pyplot: no window opens, and the backend and settings of a notebook stay as
+they are. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
+
+from jaxrl_dist.distributional.metrics import wasserstein_1
+from jaxrl_dist.statistics import bootstrap_interval, interquartile_mean
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+INK, FAINT, GRID = "#1F2328", "#6B7280", "#E5E7EB"
+
+
+def learning_curve(
+    frames: Mapping[str, pd.DataFrame], path: Path | None = None, *, title: str, metric: str = "evaluation_return"
+) -> Figure:
+    """Interquartile mean over seeds against env steps, with the 95 % bootstrap interval, one curve per run.
+
+    frames: label of a run to its `read_metrics`; log points without the metric are left out. A single run shows its
+    seeds as thin lines too; a log point with one seed has no interval. path: where to save (the suffix names the
+    format), None only returns the figure. Raises ValueError when a frame has no such metric or no value of it.
+    """
+    if not frames:
+        raise ValueError("frames is empty: there is nothing to draw")
+    curves = {label: _by_seed(label, frame, metric) for label, frame in frames.items()}
+    figure = _figure(width=7.2, height=4.3)
+    axes = figure.subplots()
+    _style(axes)
+    ends = []
+    for number, (label, returns) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = ("-", "--", ":")[number // len(COLOURS) % 3]
+        steps = returns.index.to_numpy()
+        scores = [row[~np.isnan(row)] for row in returns.to_numpy()]
+        centre = np.array([interquartile_mean(row) for row in scores])
+        if len(curves) == 1 and returns.shape[1] > 1:
+            for seed in returns:
+                line = returns[seed].dropna()
+                axes.plot(line.index, line, color=colour, linewidth=0.7, alpha=0.35, zorder=2)
+        intervals = np.array([bootstrap_interval(row) if len(row) > 1 else (np.nan, np.nan) for row in scores])
+        axes.fill_between(steps, *intervals.T, color=colour, alpha=0.2, linewidth=0, zorder=1)
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, centre, dashes, color=colour, linewidth=2.2, marker=marker, zorder=3, solid_capstyle="round")
+        ends.append((steps[-1], centre[-1], label, colour))
+    axes.set_xlim(0, max(1, *(curve.index[-1] for curve in curves.values())))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel(metric.replace("_", " "))
+    if len(curves) > 1:
+        _label_ends(axes, ends)
+    counts = sorted({int(count) for curve in curves.values() for count in curve.notna().sum(axis=1)})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    if counts[-1] == 1:
+        note = "one seed, so no interval"
+    else:
+        note = f"interquartile mean of {seeds} seeds; band: 95 % bootstrap interval"
+        note += "; thin lines: seeds" if len(curves) == 1 else ""
+    _title(axes, title, note)
+    return _saved(figure, path)
+
+
+def return_distribution(
+    path: Path | None = None, *, predicted: np.ndarray, monte_carlo: np.ndarray, title: str
+) -> Figure:
+    """Learned distribution function of the return against that of Monte-Carlo returns, one panel per state.
+
+    predicted: `[states, atoms]` equally weighted atoms in any order; monte_carlo: `[states, episodes]` returns of
+    episodes that started there, under the policy and the discount of the prediction. Each panel says the Wasserstein-1
+    distance, which is the area shaded, and the difference of the means (learned less observed). path: as for
+    `learning_curve`. Raises ValueError on unequal states, on other than two axes and on values that are not finite.
+    """
+    predicted, monte_carlo = np.asarray(predicted, np.float64), np.asarray(monte_carlo, np.float64)
+    for name, values in (("predicted", predicted), ("monte_carlo", monte_carlo)):
+        if values.ndim != 2 or values.size == 0:
+            raise ValueError(f"{name} has shape {values.shape}, but must be [states, samples] and not empty")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds {np.sum(~np.isfinite(values))} values that are not finite")
+    if len(predicted) != len(monte_carlo):
+        raise ValueError(f"predicted has {len(predicted)} states, but monte_carlo has {len(monte_carlo)}")
+
+    states = len(predicted)
+    columns = min(states, 4 if states != 6 else 3)
+    rows = math.ceil(states / columns)
+    learned_colour, observed_colour = COLOURS[1], COLOURS[0]
+    figure = _figure(width=max(2.8 * columns, 6.7), height=2.5 * rows + 1.1)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes, learned, observed, number in zip(panels, predicted, monte_carlo, range(states), strict=False):
+        _style(axes)
+        low, high = min(learned.min(), observed.min()), max(learned.max(), observed.max())
+        margin = 0.06 * (high - low) or 1.0
+        grid = np.unique(np.concatenate([learned, observed, [low - margin, high + margin]]))
+        learned_cdf, observed_cdf = (
+            np.searchsorted(np.sort(samples), grid, side="right") / len(samples) for samples in (learned, observed)
+        )
+        between = axes.fill_between(grid, learned_cdf, observed_cdf, step="post", color=INK, alpha=0.12, linewidth=0)
+        (blue,) = axes.step(grid, observed_cdf, where="post", color=observed_colour, linewidth=1.8)
+        (red,) = axes.step(grid, learned_cdf, where="post", color=learned_colour, linewidth=1.8)
+        axes.set_xlim(grid[0], grid[-1])
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_yticks([0, 0.5, 1])
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(f"state {number + 1}", loc="left", fontsize=10, color=INK)
+        numbers = f"W₁ {_short(wasserstein_1(learned, observed))}   Δmean {_short(learned.mean() - observed.mean())}"
+        axes.set_title(numbers, loc="right", fontsize=8.5, color=FAINT)
+    for axes in panels[states:]:
+        axes.set_axis_off()
+    for axes in panels[max(0, states - columns) : states]:
+        axes.set_xlabel("return")
+    for axes in panels[:states:columns]:
+        axes.set_ylabel("cumulative probability")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    entries = {red: "learned", blue: "Monte Carlo", between: "area W₁ (Δmean: learned less Monte Carlo)"}
+    figure.legend(
+        entries.keys(), entries.values(), loc="outside lower left", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK
+    )
+    return _saved(figure, path)
+
+
+def _by_seed(label: str, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The metric as `[env_steps, seeds]`, log points without any value left out."""
+    if metric not in frame:
+        raise ValueError(f"run {label!r} has no metric {metric!r}, but {list(frame.columns)}")
+    rows = frame[["env_steps", "seed", metric]].dropna()
+    if rows.empty:
+        raise ValueError(f"run {label!r} has no value of {metric!r} yet")
+    if rows.duplicated(["env_steps", "seed"]).any():
+        twice = rows[rows.duplicated(["env_steps", "seed"])].iloc[0]
+        raise ValueError(f"run {label!r} has seed {twice.seed:.0f} twice at env step {twice.env_steps:.0f}")
+    return rows.pivot(index="env_steps", columns="seed", values=metric).sort_index()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # the figure keeps it: a figure made without pyplot saves and shows itself
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=FAINT, labelsize=9, labelcolor=INK)
+    axes.xaxis.label.set(color=INK, fontsize=10)
+    axes.yaxis.label.set(color=INK, fontsize=10)
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title + "\n", loc="left", fontsize=13, fontweight="bold", color=INK)
+    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=9, color=FAINT)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each label right of the axes in its curve's colour, moved as little as it takes not to overlap."""
+    ends = sorted(ends, key=lambda end: end[1])
+    low, high = axes.get_ylim()
+    gap = 0.06 * (high - low)
+    # With the gaps taken out, the nearest heights in the right order are an isotonic regression: pool what is reversed.
+    pools: list[list[float]] = []
+    for rank, (_, height, _, _) in enumerate(ends):
+        pools.append([height - rank * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    heights = np.concatenate([[np.mean(pool)] * len(pool) for pool in pools]) + gap * np.arange(len(ends))
+    right = axes.get_xlim()[1]
+    beside = right + 0.025 * (right - axes.get_xlim()[0])
+    for (step, height, label, colour), y in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            xy=(step, height),
+            xytext=(beside, y),
+            textcoords="data",
+            color=colour,
+            fontsize=10,
+            fontweight="bold",
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6, "relpos": (0, 0.5)},
+        )
+
+
+def _short(value: float) -> str:
+    """Three significant digits and no exponent, with the minus sign the axes have."""
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return Formatter.fix_minus(f"{value:.{min(max(digits, 0), 6)}f}")
+
+
+def _saved(figure: Figure, path: Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=160)
+    return figure

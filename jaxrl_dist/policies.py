@@ -1,0 +1,44 @@
+"""Action distributions: sampling, log-density and mode as pure functions of a network's outputs."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def squashed_gaussian(
+    key: jax.Array, mean: jax.Array, log_std: jax.Array, scale: float | jax.Array = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Sample a = scale * tanh(x), x ~ N(mean, exp(log_std)^2), with its log-density (SAC, appendix C).
+
+    Args:
+        key: PRNG key.
+        mean, log_std: `[..., actions]`.
+        scale: half-range of the actions, a scalar or `[actions]`.
+
+    Returns:
+        action `[..., actions]` and log-density `[...]`, differentiable in mean and log_std (reparameterised).
+    """
+    pre_tanh = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+    return scale * jnp.tanh(pre_tanh), squashed_gaussian_log_density(pre_tanh, mean, log_std, scale)
+
+
+def squashed_gaussian_log_density(
+    pre_tanh: jax.Array, mean: jax.Array, log_std: jax.Array, scale: float | jax.Array = 1.0
+) -> jax.Array:
+    """Log-density of the action scale * tanh(pre_tanh), `[..., actions]` -> `[...]`.
+
+    log(1 - tanh(x)^2) is written as 2 (log 2 - x - softplus(-2x)), which keeps full precision in the tails, where
+    1 - tanh(x)^2 underflows. Take `pre_tanh` from the sample: inverting the action would lose it again.
+    """
+    chex.assert_equal_shape([pre_tanh, mean, log_std])
+    normalised = (pre_tanh - mean) * jnp.exp(-log_std)
+    gaussian = -0.5 * normalised**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - pre_tanh - jax.nn.softplus(-2 * pre_tanh)) + jnp.log(scale)
+    return (gaussian - log_slope).sum(-1)
+
+
+def squashed_mode(mean: jax.Array, scale: float | jax.Array = 1.0) -> jax.Array:
+    """The action scale * tanh(mean) that evaluation runs, `[..., actions]`."""
+    return scale * jnp.tanh(mean)

@@ -1,0 +1,103 @@
+"""What is asked for: a run's options, and an algorithm on an environment with every setting checked."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxrl_dist import doctor, evaluation, training
+from jaxrl_dist.agent import Count, Natural, check_configuration, require
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What to run and what to keep of it."""
+
+    env_id: str = "Pendulum-v1"
+    """environment: a gymnax name, or brax/NAME; `jaxrl-dist list` shows all"""
+    env_options: tuple[str, ...] = ()
+    """settings of the environment as name=value, such as backend=mjx or max_steps_in_episode=500"""
+    preset: str = "auto"
+    """named defaults of the algorithm: auto (those for the environment, if any), none, or a name"""
+    total_steps: Count = 20_000
+    """environment steps of every seed, warm-up included"""
+    seed: Natural = 0
+    """first seed; run i has seed + i, and is the same run whatever the other seeds are"""
+    num_seeds: Count = 4
+    """runs with different seeds, trained together in one program"""
+
+    eval_every: Natural = 0
+    """environment steps between evaluations; 0: a twentieth of the total"""
+    eval_episodes: Count = 20
+    """episodes per evaluation and seed"""
+    eval_max_steps: Natural = 0
+    """longest evaluation episode, for environments without a time limit of their own"""
+
+    checkpoint_every: Natural = 0
+    """environment steps between checkpoints; 0: a quarter of the total"""
+    checkpoint_keep: Count = 2
+    """newest checkpoints kept"""
+    resume: str = ""
+    """continue the run called --name: `latest` checkpoint, `auto` (the newest intact one), or an iteration number"""
+
+    name: str = ""
+    """name of the run's folder; the date and time if empty"""
+    runs_folder: str = "runs"
+    """where run folders are made: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME"""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """what to run on; stops if it is not there"""
+    runs_mode: training.RunsMode = "auto"
+    """how the seeds of one device run: vmap (together) or map (one after another, bit for bit as if alone)"""
+    plots: bool = True
+    """draw the learning curve and the return distributions at the end"""
+    tensorboard: bool = False
+    """write TensorBoard event files as well"""
+    wandb: str = ""
+    """weights & biases project to send the metrics to"""
+
+
+class Problem(NamedTuple):
+    """An algorithm on an environment, checked, with the configuration that will really run."""
+
+    algorithm: str
+    make_agent: Callable
+    config: Any
+    env: Any
+    env_params: Any
+    options: RunOptions
+
+
+def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptions) -> Problem:
+    """Check every setting before anything compiles; raises ConfigurationError (or ValueError) with one clear line."""
+    from jaxrl_dist import envs  # the toolkit knows the environments by name only
+
+    check_configuration(options)
+    check_configuration(config)
+    doctor.require_platform(options.device)
+    env, env_params = envs.make(options.env_id, **_parse_env_options(options.env_options))
+    if config.replay_capacity > options.total_steps:
+        # A ring that never wraps holds the same rows at any larger size.
+        config = dataclasses.replace(config, replay_capacity=max(options.total_steps, config.warmup_steps))
+    agent = make_agent(config, env, env_params)
+    training.iterations_for(agent, options.total_steps)
+    evaluation.episode_limit(env_params, options.eval_max_steps)
+    if options.resume:
+        require(
+            options.resume in ("latest", "auto") or options.resume.isdecimal(),
+            f"--resume is {options.resume!r}; it must be 'latest', 'auto' or an iteration number",
+        )
+        require(options.name != "", "--resume needs --name, the run to continue")
+    return Problem(algorithm, make_agent, config, env, env_params, options)
+
+
+def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    for pair in pairs:
+        require("=" in pair, f"--env-options has {pair!r}; each one must be name=value")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def action_bounds(env, env_params) -> tuple[np.ndarray, np.ndarray]:
+    """The environment's own action bounds, behind the rescaling to [-1, 1] of `envs.make`."""
+    space = getattr(env, "inner", env).action_space(env_params)
+    return np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)

@@ -1,0 +1,102 @@
+"""What a run says when it is over: tables of evaluation returns and pictures of learned return distributions."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxrl_dist import evaluation, plotting, recording, statistics, training
+from jaxrl_dist.agent import require
+from jaxrl_dist.checkpointing import Checkpoints
+from jaxrl_dist.problem import Problem, RunOptions, prepare
+
+
+def print_results(console: Console, seeds, returns: np.ndarray) -> None:
+    """Table of evaluation returns `[runs, episodes]`: per seed, then over seeds with its interval and CVaR."""
+    table = Table("seed", "episodes", "mean return", "CVaR 10 %", "lowest", "highest", title="evaluation returns")
+    cvar = statistics.conditional_value_at_risk
+    for seed, row in zip(seeds, returns, strict=True):
+        numbers = (row.mean(), cvar(row, 0.1), row.min(), row.max())
+        table.add_row(str(seed), str(len(row)), *(f"{x:.1f}" for x in numbers))
+    console.print(table)
+    means = returns.mean(1)
+    line = f"IQM over {len(means)} seeds: {statistics.interquartile_mean(means):.1f}"
+    if len(means) > 1:
+        low, high = statistics.bootstrap_interval(means)
+        line += f", 95 % interval [{low:.1f}, {high:.1f}]"
+    console.print(f"{line}; CVaR 10 % of all {returns.size} episode returns: {cvar(returns.ravel(), 0.1):.1f}")
+
+
+def draw_return_distribution(agent, problem: Problem, state, key, folder: Path, title: str, console: Console) -> None:
+    """Picture of learned atoms against Monte-Carlo returns from the same states, beyond the time limit."""
+    config, env_params = problem.config, problem.env_params
+    if not hasattr(env_params, "max_steps_in_episode"):
+        console.print(
+            f"no {folder / 'return_distribution.png'}: the time limit of {problem.options.env_id} cannot be "
+            "lifted, and Monte-Carlo returns cut by it are not what the critic predicts"
+        )
+        return
+    # Until less than 1 % of the discounted weight is left.
+    horizon = min(2000, math.ceil(math.log(0.01) / math.log(config.discount))) if 0 < config.discount < 1 else 2000
+    endless = env_params.replace(max_steps_in_episode=2**30)
+    spread = min(200, int(env_params.max_steps_in_episode))
+    compare = jax.jit(
+        lambda state, key: evaluation.return_distributions(
+            agent, problem.env, endless, state, key,
+            discount=config.discount, states=6, rollouts=200, horizon=horizon, spread=spread,
+        )
+    )  # fmt: skip
+    found = compare(jax.device_put(state, jax.devices()[0]), key)
+    plotting.return_distribution(
+        folder / "return_distribution.png",
+        predicted=np.asarray(found.predicted), monte_carlo=np.asarray(found.monte_carlo), title=title,
+    )  # fmt: skip
+
+
+class SavedRun(NamedTuple):
+    """A run read back from its folder; `state` is that of all runs (seeds), `[runs]` first."""
+
+    problem: Problem
+    programs: training.Programs
+    seeds: np.ndarray
+    state: training.Training
+    iteration: int
+
+
+def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedRun:
+    """The newest checkpoint of a run with its problem rebuilt from `config.json`, on whatever devices there are."""
+    require(episodes >= 1, f"--episodes is {episodes}; it must be at least 1")
+    saved = recording.read_config(folder)
+    module = find_algorithm(saved["algorithm"])
+    config, options = from_json(module.Config, saved["config"]), from_json(RunOptions, saved["options"])
+    options = dataclasses.replace(options, device="auto", resume="", runs_mode=saved["runs_mode"])
+    problem = prepare(saved["algorithm"], module.make_agent, config, options)
+    programs = training.Programs(
+        problem.make_agent, problem.config, problem.env, problem.env_params,
+        num_runs=options.num_seeds, runs_mode=options.runs_mode,
+        eval_episodes=episodes, eval_max_steps=options.eval_max_steps,
+    )  # fmt: skip
+    checkpoints = Checkpoints(folder / "checkpoints")
+    iteration = checkpoints.newest()
+    require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
+    like = {"training": programs.abstract_training(), "seconds": jax.ShapeDtypeStruct((), np.float64)}
+    state = checkpoints.load(iteration, like)["training"]
+    return SavedRun(problem, programs, np.arange(options.seed, options.seed + options.num_seeds), state, iteration)
+
+
+def evaluate_run(folder: Path, find_algorithm: Callable, *, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluate the newest checkpoint of a run: its seeds `[runs]` and episode returns `[runs, episodes]`."""
+    run = load_run(folder, find_algorithm, episodes=episodes)
+    found = run.programs.evaluate(run.state, jax.random.split(jax.random.key(seed), len(run.seeds)))
+    return run.seeds, np.asarray(found.episode_return)
+
+
+def from_json(cls, values: dict):
+    """A flat dataclass from its JSON form, in which tuples are lists."""
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,398 @@
+"""A training run as a user sees it: plan, compile, progress, evaluations, checkpoints, tables and pictures in a folder.
+
+The host loop of `training.Programs`. Between chunks of iterations it draws the progress bar, looks for non-finite
+metrics and for Ctrl-C; at fixed iterations it evaluates, records and checkpoints, so what is recorded depends neither
+on how fast the machine is nor on where a run was interrupted.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxrl_dist import plotting, portable, recording, reporting, statistics, training
+from jaxrl_dist.agent import ConfigurationError, option, require
+from jaxrl_dist.checkpointing import Checkpoints
+from jaxrl_dist.problem import Problem, RunOptions, action_bounds
+
+CHUNK_SECONDS = 0.5
+
+
+class NonFiniteMetric(RuntimeError):
+    """Training broke: a metric became NaN or infinite."""
+
+
+def train(problem: Problem, console: Console | None = None) -> Path:
+    """Run training from its plan to its pictures; returns the run's folder.
+
+    Raises NonFiniteMetric when training breaks and KeyboardInterrupt after a clean stop by Ctrl-C; in both cases all
+    that was recorded stays, and the last good checkpoint with it.
+    """
+    console = console or Console()
+    options = problem.options
+    name = options.name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(options.runs_folder) / problem.algorithm / options.env_id.replace("/", "-") / name
+    with _claim(folder, options):
+        return _Session(problem, folder, console).run()
+
+
+class _Session:
+    """The run in one place: what the host keeps between chunks."""
+
+    def __init__(self, problem: Problem, folder: Path, console: Console):
+        self.problem, self.folder, self.console = problem, folder, console
+        options = self.options = problem.options
+        self.seeds = np.arange(options.seed, options.seed + options.num_seeds)
+        self.programs = training.Programs(
+            problem.make_agent, problem.config, problem.env, problem.env_params,
+            num_runs=options.num_seeds, runs_mode=options.runs_mode,
+            eval_episodes=options.eval_episodes, eval_max_steps=options.eval_max_steps,
+        )  # fmt: skip
+        agent = self.agent = self.programs.agent
+        self.total_iterations = training.iterations_for(agent, options.total_steps)
+        self.eval_interval = self._interval(options.eval_every, 20)
+        self.checkpoint_interval = self._interval(options.checkpoint_every, 4)
+        run_keys = jax.vmap(training.run_keys)(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
+        self.training_keys, self.evaluation_keys = run_keys
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=options.checkpoint_keep)
+        self.training_seconds = 0.0
+        self.interrupted = False
+
+    def _interval(self, env_steps: int, default_parts: int) -> int:
+        """Iterations between two events, at least one; `env_steps` 0 divides the run into `default_parts`."""
+        env_steps = env_steps or self.options.total_steps / default_parts
+        return max(1, round(env_steps / self.agent.steps_per_iteration))
+
+    def env_steps(self, iteration: int) -> int:
+        """Environment steps of one run after `iteration` iterations."""
+        return self.agent.warmup_steps + iteration * self.agent.steps_per_iteration
+
+    def run(self) -> Path:
+        self._print_plan()
+        started = time.perf_counter()
+        self.console.print("compiling ...")
+        self.programs.compile()
+        self.compile_seconds = time.perf_counter() - started
+        self.console.print(f"compiled in {self.compile_seconds:.1f} s")
+
+        recorder = recording.Recorder(
+            self.folder, tensorboard=self.options.tensorboard, wandb_project=self.options.wandb
+        )
+        try:
+            state, iteration = self._start(recorder)
+            state, iteration = self._loop(state, iteration, recorder)
+        finally:
+            recorder.close()
+        if self.interrupted:
+            self.console.print(
+                f"stopped at iteration {iteration}; continue with --name {self.folder.name} --resume latest"
+            )
+            raise KeyboardInterrupt
+        self._save_policies(state)
+        self._print_results(iteration)
+        if self.options.plots:
+            self._draw(state)
+        self.console.print(f"results in {self.folder}")
+        return self.folder
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def _print_plan(self) -> None:
+        options, agent, programs = self.options, self.agent, self.programs
+        abstract = programs.abstract_training()
+        total, replay = _bytes(abstract), _bytes(abstract.state.experience.replay)
+        ratio = agent.updates_per_iteration / agent.steps_per_iteration
+        table = Table.grid(padding=(0, 2))
+        rows = {
+            "algorithm": f"{self.problem.algorithm} on {options.env_id}",
+            "runs": f"{options.num_seeds} (seeds {self.seeds[0]} to {self.seeds[-1]}), {programs.runs_mode} on "
+            f"{programs.num_devices} {jax.default_backend()} device(s)",
+            "each run": f"{self.env_steps(self.total_iterations):,} env steps, {agent.warmup_steps:,} of them warm-up; "
+            f"{self.total_iterations * agent.updates_per_iteration:,} updates ({ratio:g} per env step)",
+            "memory": f"{_megabytes(total)} predicted for all runs, {_megabytes(replay)} of it replay",
+            "folder": str(self.folder),
+        }
+        for key, value in rows.items():
+            table.add_row(f"[bold]{key}", value)
+        self.console.print(table)
+        available = _available_bytes()
+        require(
+            available is None or total < available,
+            f"--num-seeds is {options.num_seeds} and --replay-capacity {self.problem.config.replay_capacity}: the runs "
+            f"need {_megabytes(total)}, but {_megabytes(available or 0)} are free; lower either of them",
+        )
+
+    def _start(self, recorder: recording.Recorder) -> tuple[training.Training, int]:
+        """A fresh start, or the state of a checkpoint with the records cut back to it."""
+        iteration = self._iteration_to_resume() if self.options.resume else None
+        if iteration is None:
+            recorder.write_config(self._description())
+            return self.programs.begin(self.training_keys), 0
+        saved = recording.read_config(self.folder)
+        self._require_same_settings(saved)
+        like = {"training": self.programs.abstract_training(), "seconds": jax.ShapeDtypeStruct((), np.float64)}
+        loaded = self.checkpoints.load(iteration, like)
+        self.training_seconds = float(loaded["seconds"])
+        recorder.truncate_after(self.env_steps(iteration))
+        self.console.print(f"resumed at iteration {iteration} ({self.env_steps(iteration):,} env steps)")
+        return loaded["training"], iteration
+
+    def _iteration_to_resume(self) -> int | None:
+        if self.options.resume == "auto":
+            iteration, skipped = self.checkpoints.newest_intact()
+            for sentence in skipped:
+                self.console.print(f"[yellow]{sentence}")
+            if iteration is None:
+                self.console.print("no intact checkpoint; starting from the beginning")
+            return iteration
+        found = self.checkpoints.iterations()
+        require(bool(found), f"--resume is {self.options.resume!r}, but {self.folder} holds no checkpoint")
+        if self.options.resume == "latest":
+            return found[-1]
+        iteration = int(self.options.resume)
+        require(iteration in found, f"--resume is {iteration}; the checkpoints are at iterations {found}")
+        return iteration
+
+    def _require_same_settings(self, saved: dict[str, Any]) -> None:
+        fixed = ("env_id", "env_options", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps")
+        now = self._description()
+        for group, names in (("config", now["config"]), ("options", fixed)):
+            for field in names:
+                before, given = saved[group].get(field), now[group][field]
+                before, given = (tuple(x) if isinstance(x, list) else x for x in (before, given))
+                require(
+                    before == given,
+                    f"{option(field)} is {given}, but the run to resume was started with {before}; they must be equal",
+                )
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "algorithm": self.problem.algorithm,
+            "command": recording.command_line(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "config": dataclasses.asdict(self.problem.config),
+            "options": dataclasses.asdict(self.options),
+            "runs_mode": self.programs.runs_mode,
+            "num_devices": self.programs.num_devices,
+            "versions": recording.versions(),
+        }
+
+    # -- during ---------------------------------------------------------------------------------------------------
+
+    def _loop(self, state: training.Training, iteration: int, recorder: recording.Recorder):
+        """Alternate chunks of iterations with what is due at their ends; returns the last state and its iteration."""
+        self.iteration_seconds = 0.0
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with _stop_on_signal(self), Progress(*columns, console=self.console) as progress:
+            total = self.env_steps(self.total_iterations)
+            bar = progress.add_task("", total=total, completed=self.env_steps(iteration), rates="")
+            if iteration == 0:
+                self._evaluate_and_record(state, np.full((len(self.seeds), len(self._names)), np.nan), 0, recorder)
+            progress.update(bar, description=self._headline())
+            chunk = 1
+            while iteration < self.total_iterations and not self.interrupted:
+                due = min(
+                    iteration - iteration % interval + interval
+                    for interval in (self.eval_interval, self.checkpoint_interval)
+                )
+                chunk = min(chunk, due - iteration, self.total_iterations - iteration)
+                started = time.perf_counter()
+                state = jax.block_until_ready(self.programs.advance(state, chunk))
+                seconds = time.perf_counter() - started
+                self.training_seconds += seconds
+                iteration += chunk
+                # Grow slowly towards chunks of half a second, so that the bar moves and Ctrl-C is answered.
+                self.iteration_seconds = seconds / chunk
+                chunk = max(1, min(2 * chunk, round(CHUNK_SECONDS / self.iteration_seconds)))
+                self._require_finite(state)
+                last = iteration == self.total_iterations
+                if last or iteration % self.eval_interval == 0:
+                    state, averages = self.programs.take_metrics(state)
+                    self._evaluate_and_record(state, np.asarray(averages), iteration, recorder)
+                if last or self.interrupted or iteration % self.checkpoint_interval == 0:
+                    self._save(state, iteration)
+                progress.update(
+                    bar, completed=self.env_steps(iteration), description=self._headline(), rates=self._rates()
+                )
+        return state, iteration
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.programs.metric_names
+
+    def _evaluate_and_record(self, state, averages: np.ndarray, iteration: int, recorder: recording.Recorder) -> None:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.evaluation_keys, iteration)
+        episodes = jax.tree.map(np.asarray, self.programs.evaluate(state, keys))
+        env_steps = self.env_steps(iteration)
+        rows, episode_rows = [], []
+        for run, seed in enumerate(self.seeds):
+            position = {
+                "iteration": iteration, "env_steps": env_steps, "updates": iteration * self.agent.updates_per_iteration,
+                "seconds": round(self.training_seconds, 3), "seed": int(seed),
+            }  # fmt: skip
+            metrics = {name: float(value) for name, value in zip(self._names, averages[run], strict=True)}
+            rows.append(position | {"evaluation_return": float(episodes.episode_return[run].mean())} | metrics)
+            outcomes = zip(episodes.episode_return[run], episodes.episode_length[run], strict=True)
+            episode_rows += [
+                {"env_steps": env_steps, "seed": int(seed), "episode": index}
+                | {"episode_return": float(episode_return), "episode_length": int(episode_length)}
+                for index, (episode_return, episode_length) in enumerate(outcomes)
+            ]
+        recorder.append_evaluations(episode_rows)
+        recorder.append(rows)
+        self.last_returns = episodes.episode_return
+
+    def _require_finite(self, state: training.Training) -> None:
+        broken_at = np.asarray(state.broken_at)
+        if (broken_at < 0).all():
+            return
+        run, metric = min(np.argwhere(broken_at >= 0), key=lambda where: broken_at[tuple(where)])
+        raise NonFiniteMetric(
+            f"{self._names[metric]} became non-finite at iteration {broken_at[run, metric]} in run {run} (seed "
+            f"{self.seeds[run]}); stopped. Results so far are in {self.folder}; intact checkpoints: "
+            f"{self.checkpoints.iterations() or 'none'}"
+        )
+
+    def _save(self, state: training.Training, iteration: int) -> None:
+        self.checkpoints.save(iteration, {"training": state, "seconds": np.float64(self.training_seconds)})
+
+    def _headline(self) -> str:
+        if not hasattr(self, "last_returns"):
+            return "return IQM ..."
+        return f"return IQM {statistics.interquartile_mean(self.last_returns.mean(1)):.1f}"
+
+    def _rates(self) -> str:
+        per_second = len(self.seeds) / self.iteration_seconds
+        return (
+            f"{per_second * self.agent.steps_per_iteration:,.0f} env steps/s "
+            f"{per_second * self.agent.updates_per_iteration:,.0f} updates/s"
+        )
+
+    # -- after ----------------------------------------------------------------------------------------------------
+
+    def _save_policies(self, state: training.Training) -> None:
+        (self.folder / "policies").mkdir(exist_ok=True)
+        low, high = action_bounds(self.problem.env, self.problem.env_params)
+        for run, seed in enumerate(self.seeds):
+            arrays = self.agent.export(jax.tree.map(lambda x, run=run: x[run], state.state))
+            portable.save_policy(self.folder / "policies" / f"seed_{seed}.npz", arrays, low, high)
+
+    def _print_results(self, iteration: int) -> None:
+        reporting.print_results(self.console, self.seeds, self.last_returns)
+        runs = len(self.seeds)
+        seconds = max(self.training_seconds, 1e-9)
+        steps = iteration * self.agent.steps_per_iteration * runs
+        updates = iteration * self.agent.updates_per_iteration * runs
+        self.console.print(
+            f"compiled in {self.compile_seconds:.1f} s, trained in {seconds:.1f} s, peak memory "
+            f"{_megabytes(_peak_bytes())}; all {runs} run(s) together did {steps / seconds:,.0f} env steps/s and "
+            f"{updates / seconds:,.0f} updates/s"
+        )
+
+    def _draw(self, state: training.Training) -> None:
+        title = f"{self.problem.algorithm.upper()} on {self.options.env_id}"
+        metrics = recording.read_metrics(self.folder)
+        plotting.learning_curve({title: metrics}, self.folder / "learning_curve.png", title=title)
+        first_run = jax.tree.map(lambda x: x[0], state.state)
+        reporting.draw_return_distribution(
+            self.agent, self.problem, first_run, jax.random.fold_in(self.evaluation_keys[0], 2**31 - 1), self.folder,
+            f"{title}, seed {self.seeds[0]}", self.console,
+        )  # fmt: skip
+
+
+# -- small things the host needs --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, options: RunOptions) -> Iterator[None]:
+    """Own the run's folder: fresh unless resuming, and no other live process in it."""
+    import fcntl
+
+    if not options.resume and folder.exists() and any(folder.iterdir()):
+        raise ConfigurationError(
+            f"--name is {folder.name!r}, but {folder} already holds a run; choose another name, or continue it with "
+            "--resume latest"
+        )
+    if options.resume and not (folder / "config.json").exists() and options.resume != "auto":
+        raise ConfigurationError(f"--name is {options.name!r}, but there is no run to resume in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigurationError(f"--name is {folder.name!r}, but another process is writing to {folder}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _stop_on_signal(session: _Session) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a stop at the end of the chunk; a second one interrupts at once."""
+
+    def ask(number, frame):
+        if session.interrupted:
+            raise KeyboardInterrupt
+        session.interrupted = True
+        session.console.print("stopping at the end of this chunk and saving (Ctrl-C again to stop at once) ...")
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere none are needed
+                before[number] = signal.signal(number, ask)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bytes(tree) -> int:
+    def size(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.eval_shape(jax.random.key_data, x)
+        return math.prod(x.shape) * x.dtype.itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _available_bytes() -> int | None:
+    """Memory the runs may fill: the device's limit, or what the host has free; None where neither is known."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit * jax.device_count()
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _peak_bytes() -> int:
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

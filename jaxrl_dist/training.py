@@ -1,0 +1,254 @@
+"""From an agent to a run: the only place with `jit`, `vmap` over runs, and sharding over devices.
+
+A *run* is one element of the leading axis of every array here: one seed, with its own values of the configuration's
+floats. `make_train` is the whole of training as one pure function; `Programs` is the same training cut into pieces,
+between which the host records, checkpoints and stops.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxrl_dist import evaluation
+from jaxrl_dist.agent import Agent, ConfigurationError
+
+RunsMode = Literal["auto", "vmap", "map"]
+
+
+class Training(NamedTuple):
+    """A run in progress: all that a checkpoint has to hold.
+
+    totals: `[2, metrics]`, sum and count of every metric since they were last taken, in the order of `metric_names`.
+    broken_at: `[metrics]` int32, the first iteration at which a metric was not finite, -1 if none.
+    """
+
+    state: Any
+    totals: jax.Array
+    broken_at: jax.Array
+    iteration: jax.Array
+
+
+def metric_names(agent: Agent, state: Any) -> tuple[str, ...]:
+    """Names of the metrics of `agent.step`, in the order in which `Training` keeps them."""
+    return tuple(sorted(jax.eval_shape(agent.step, state)[1]))
+
+
+def begin(agent: Agent, key: jax.Array) -> Training:
+    """A run that has filled its replay and done no iteration yet."""
+    state = agent.init(key)
+    count = len(metric_names(agent, state))
+    return Training(state, jnp.zeros((2, count)), jnp.full(count, -1, jnp.int32), jnp.int32(0))
+
+
+def advance(agent: Agent, training: Training, iterations: int | jax.Array) -> Training:
+    """Do `iterations` iterations; their number may be traced, so one program serves chunks of every length."""
+
+    def once(_, training: Training) -> Training:
+        state, metrics = agent.step(training.state)
+        iteration = training.iteration + 1
+        # One array for all metrics: on CPU every scalar kept apart costs a kernel of its own at every iteration.
+        values = jnp.stack(jax.tree.leaves([metrics[name] for name in sorted(metrics)])).reshape(-1, 2).T
+        newly_broken = (training.broken_at < 0) & ~jnp.isfinite(values[0])
+        broken_at = jnp.where(newly_broken, iteration, training.broken_at)
+        return Training(state, training.totals + values, broken_at, iteration)
+
+    return jax.lax.fori_loop(0, iterations, once, training)
+
+
+def take_metrics(training: Training) -> tuple[Training, jax.Array]:
+    """Averages `[metrics]` since the last call (NaN where nothing was counted, such as no finished episode)."""
+    total, count = training.totals
+    averages = jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+    return training._replace(totals=jnp.zeros_like(training.totals)), averages
+
+
+def iterations_for(agent: Agent, total_steps: int) -> int:
+    """Iterations after the warm-up that take a run to at least `total_steps` environment steps."""
+    if total_steps <= agent.warmup_steps:
+        raise ConfigurationError(
+            f"--total-steps is {total_steps}; it must be above the {agent.warmup_steps} steps of the warm-up"
+        )
+    return -(-(total_steps - agent.warmup_steps) // agent.steps_per_iteration)
+
+
+# -- the whole of training as one pure function -----------------------------------------------------------------------
+
+
+def make_train(
+    make_agent: Callable,
+    config: Any,
+    env: Any,
+    env_params: Any,
+    *,
+    total_steps: int,
+    evaluations: int = 10,
+    eval_episodes: int = 10,
+    eval_max_steps: int = 0,
+) -> Callable:
+    """The pure function `train(key, config) -> (state, history)`, environments and evaluation inside the program.
+
+    `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them.
+    `history` holds `env_steps` `[evaluations]`, `evaluation_return` `[evaluations, episodes]` and the averages of all
+    training metrics `[evaluations]`.
+    """
+    default_config = config
+    max_steps = evaluation.episode_limit(env_params, eval_max_steps)
+
+    def train(key: jax.Array, config: Any = default_config) -> tuple[Any, dict[str, jax.Array]]:
+        agent = make_agent(config, env, env_params)
+        total_iterations = iterations_for(agent, total_steps)
+        # Evaluations at even distances; the last one after the last iteration.
+        boundaries = np.round(np.linspace(0, total_iterations, evaluations + 1)).astype(np.int32)
+        training_key, evaluation_key = run_keys(key)
+
+        def leg(training, boundary):
+            training = advance(agent, training, boundary - training.iteration)
+            training, averages = take_metrics(training)
+            metrics = dict(zip(metric_names(agent, training.state), averages, strict=True))
+            eval_key = jax.random.fold_in(evaluation_key, boundary)
+            episodes = evaluation.evaluate(
+                agent, env, env_params, training.state, eval_key, episodes=eval_episodes, max_steps=max_steps
+            )
+            env_steps = agent.warmup_steps + training.iteration * agent.steps_per_iteration
+            return training, metrics | {"env_steps": env_steps, "evaluation_return": episodes.episode_return}
+
+        training, history = jax.lax.scan(leg, begin(agent, training_key), boundaries[1:])
+        return training.state, history
+
+    return train
+
+
+def run_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of a run's training and of its evaluations, kept apart so that evaluating never changes training."""
+    training_key, evaluation_key = jax.random.split(key)
+    return training_key, evaluation_key
+
+
+# -- the same training in pieces, over runs and devices ---------------------------------------------------------------
+
+
+class Programs:
+    """Compiled pieces of training over the `runs` axis: `begin`, `advance`, `take_metrics`, `evaluate`.
+
+    Runs are spread over as many devices as divide their number. On one device they are vmapped (accelerators, and
+    narrow networks on CPU) or done one after another (wide networks on CPU, where a batched matrix product is slower
+    than several plain ones; results are then those of the run alone, bit for bit).
+    """
+
+    def __init__(
+        self,
+        make_agent: Callable,
+        configs: Any,
+        env: Any,
+        env_params: Any,
+        *,
+        num_runs: int,
+        runs_mode: RunsMode = "auto",
+        eval_episodes: int = 10,
+        eval_max_steps: int = 0,
+    ):
+        """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`."""
+        self.num_runs = num_runs
+        devices = jax.devices()
+        self.num_devices = max(n for n in range(1, min(num_runs, len(devices)) + 1) if num_runs % n == 0)
+        mesh = jax.make_mesh((self.num_devices,), ("runs",), (AxisType.Auto,), devices=devices[: self.num_devices])
+        self.sharding = NamedSharding(mesh, PartitionSpec("runs"))
+        self.configs = jax.device_put(
+            jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), num_runs), configs), self.sharding
+        )
+        self.agent = make_agent(configs, env, env_params)
+        self.metric_names = metric_names(self.agent, jax.eval_shape(self.agent.init, jax.random.key(0)))
+        self.runs_mode = self._choose_mode() if runs_mode == "auto" else runs_mode
+        max_steps = evaluation.episode_limit(env_params, eval_max_steps)
+
+        def agent_of(config):
+            return make_agent(config, env, env_params)
+
+        def _begin(config, key):
+            return begin(agent_of(config), key)
+
+        def _advance(training, config, iterations):
+            return advance(agent_of(config), training, iterations)
+
+        def _evaluate(training, config, key):
+            return evaluation.evaluate(
+                agent_of(config), env, env_params, training.state, key, episodes=eval_episodes, max_steps=max_steps
+            )
+
+        def program(function, arguments: int, shared: int = 0, donate: bool = False):
+            over_runs = functools.partial(_over_runs, function, self.runs_mode, shared, donate)
+            specs = (PartitionSpec("runs"),) * arguments + (PartitionSpec(),) * shared
+            sharded = jax.shard_map(
+                over_runs, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("runs"), check_vma=False
+            )
+            return jax.jit(sharded, donate_argnums=0 if donate else ())
+
+        self._begin = program(_begin, 2)
+        self._advance = program(_advance, 2, shared=1, donate=True)
+        self._evaluate = program(_evaluate, 3)
+        self._take_metrics = jax.jit(jax.vmap(take_metrics), donate_argnums=0)
+
+    def _choose_mode(self) -> RunsMode:
+        if jax.default_backend() != "cpu":
+            return "vmap"
+        return "map"
+
+    def abstract_training(self) -> Training:
+        """Shapes, dtypes and shardings of the training of all runs, without computing anything."""
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.num_runs))
+        shapes = jax.eval_shape(self._begin, self.configs, keys)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), shapes)
+
+    def compile(self) -> None:
+        """Compile all pieces ahead of time, so that compile seconds are known and nothing compiles later."""
+        training, keys = self.abstract_training(), self._keys(jax.random.split(jax.random.key(0), self.num_runs))
+        self._begin = self._begin.lower(self.configs, keys).compile()
+        self._advance = self._advance.lower(training, self.configs, jnp.int32(0)).compile()
+        self._evaluate = self._evaluate.lower(training, self.configs, keys).compile()
+        self._take_metrics = self._take_metrics.lower(training).compile()
+
+    def _keys(self, keys: jax.Array) -> jax.Array:
+        return jax.device_put(keys, self.sharding)
+
+    def begin(self, keys: jax.Array) -> Training:
+        """Start all runs: `keys` `[runs]`."""
+        return self._begin(self.configs, self._keys(keys))
+
+    def advance(self, training: Training, iterations: int) -> Training:
+        """Do `iterations` iterations of every run; the given training is consumed (its buffers are donated)."""
+        return self._advance(training, self.configs, jnp.int32(iterations))
+
+    def take_metrics(self, training: Training) -> tuple[Training, jax.Array]:
+        """Averages `[runs, metrics]` since the last call; the given training is consumed."""
+        return self._take_metrics(training)
+
+    def evaluate(self, training: Training, keys: jax.Array) -> evaluation.Episodes:
+        """Evaluate every run: leaves `[runs, episodes]`."""
+        return self._evaluate(training, self.configs, self._keys(keys))
+
+
+def _over_runs(function, mode: RunsMode, shared: int, in_place: bool, *arguments):
+    """Apply `function` to every run of this device; the last `shared` arguments are the same for all."""
+    split = len(arguments) - shared
+    batched, common = arguments[:split], arguments[split:]
+    num_runs = jax.tree.leaves(batched)[0].shape[0]
+    if num_runs == 1:
+        outputs = function(*jax.tree.map(lambda x: x[0], batched), *common)
+        return jax.tree.map(lambda x: x[None], outputs)
+    if mode == "vmap":
+        return jax.vmap(function, in_axes=(0,) * split + (None,) * shared)(*arguments)
+    if not in_place:
+        return jax.lax.map(lambda one: function(*one, *common), batched)
+
+    # The first argument is updated run by run inside one carried buffer: `lax.map` would hold every replay twice.
+    def one_run(index, first):
+        one = jax.tree.map(lambda x: x[index], (first, *batched[1:]))
+        updated = function(*one, *common)
+        return jax.tree.map(lambda whole, new: whole.at[index].set(new), first, updated)
+
+    return jax.lax.fori_loop(0, num_runs, one_run, batched[0])

@@ -1,0 +1,161 @@
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from jaxrl_dist.plotting import COLOURS, learning_curve, return_distribution
+from jaxrl_dist.statistics import bootstrap_interval
+
+
+def run(scores, metric="evaluation_return"):
+    """A frame as read_metrics gives it, from scores [log points, seeds]; every second log point has no evaluation."""
+    rows = []
+    for point, row in enumerate(np.asarray(scores, dtype=float)):
+        for seed, score in enumerate(row):
+            rows.append({"env_steps": 1000 * point, "seed": seed, "loss": 1.0, metric: score})
+            rows.append({"env_steps": 1000 * point + 500, "seed": seed, "loss": 1.0, metric: np.nan})
+    return pd.DataFrame(rows)
+
+
+scores = np.random.default_rng(0).normal(size=(5, 8)).cumsum(axis=0)
+
+
+def lines_of(figure, wider_than):
+    return [line for line in figure.axes[0].get_lines() if line.get_linewidth() > wider_than]
+
+
+def test_one_run_shows_iqm_interval_and_seeds(tmp_path):
+    figure = learning_curve({"tqc": run(scores)}, tmp_path / "curve.png", title="TQC")
+    assert isinstance(figure, Figure)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (centre,) = lines_of(figure, wider_than=2)
+    np.testing.assert_array_equal(centre.get_xdata(), [0, 1000, 2000, 3000, 4000])
+    np.testing.assert_allclose(centre.get_ydata(), np.sort(scores, axis=1)[:, 2:6].mean(axis=1))  # middle 4 of 8
+    thin = [line for line in figure.axes[0].get_lines() if line is not centre]
+    np.testing.assert_allclose([line.get_ydata() for line in thin], scores.T)
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    for point in range(5):
+        heights = corners[corners[:, 0] == 1000 * point, 1]
+        np.testing.assert_allclose([heights.min(), heights.max()], bootstrap_interval(scores[point]))
+    assert any("8 seeds" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_several_runs_are_labelled_apart():
+    runs = {label: run(scores + 0.01 * number) for number, label in enumerate(["TQC", "SAC", "TD3", "REDQ", "DroQ"])}
+    figure = learning_curve(runs, title="five that end together")
+    figure.canvas.draw()
+    assert len(figure.axes[0].get_lines()) == 5
+    labels = [text for text in figure.axes[0].texts if text.get_text() in runs]
+    assert len(labels) == 5
+    assert len({text.get_color() for text in labels}) == 5
+    boxes = [Text.get_window_extent(text) for text in labels]  # the words, without the line that leads to them
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in box.get_points())
+    heights = {text.get_text(): text.get_position()[1] for text in labels}
+    assert sorted(heights, key=heights.get) == list(runs)  # the labels stand in the order of the curves' ends
+
+
+def test_more_runs_than_colours_differ_by_dashes():
+    figure = learning_curve({f"run {number}": run(scores + number) for number in range(9)}, title="many")
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == 9
+    assert len({colour for colour, _ in looks}) == len(COLOURS)
+
+
+def test_one_seed_has_no_interval():
+    figure = learning_curve({"tqc": run(scores[:, :1])}, title="one")
+    assert len(figure.axes[0].get_lines()) == 1
+    assert any("no interval" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_a_missing_seed_is_left_out_of_its_log_point():
+    holed = scores.copy()
+    holed[2, :4] = np.nan
+    figure = learning_curve({"tqc": run(holed)}, title="holed")
+    (centre,) = lines_of(figure, wider_than=2)
+    assert centre.get_ydata()[2] == pytest.approx(np.sort(scores[2, 4:])[1:3].mean())
+    assert any("4 to 8 seeds" in text.get_text() for text in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ({}, "frames is empty"),
+        ({"tqc": run(scores, metric="other")}, "run 'tqc' has no metric 'evaluation_return', but"),
+        ({"tqc": run(np.full((2, 2), np.nan))}, "run 'tqc' has no value of 'evaluation_return'"),
+        ({"tqc": pd.concat([run(scores)] * 2)}, "has seed 0 twice at env step 0"),
+    ],
+)
+def test_learning_curve_rejects(frames, message):
+    with pytest.raises(ValueError, match=message):
+        learning_curve(frames, title="wrong")
+
+
+def test_return_distribution_panels(tmp_path):
+    rng = np.random.default_rng(1)
+    predicted, monte_carlo = rng.normal(size=(5, 25)), rng.normal(1, 2, size=(5, 40))
+    figure = return_distribution(
+        tmp_path / "returns.svg", predicted=predicted, monte_carlo=monte_carlo, title="learned against observed"
+    )
+    assert "<svg" in (tmp_path / "returns.svg").read_text()
+    panels = [axes for axes in figure.axes if axes.get_lines()]
+    assert len(panels) == 5
+    for state, axes in enumerate(panels):
+        assert axes.get_title("left") == f"state {state + 1}"
+        distance = scipy.stats.wasserstein_distance(predicted[state], monte_carlo[state])
+        difference = predicted[state].mean() - monte_carlo[state].mean()
+        _, shown_distance, _, shown_difference = axes.get_title("right").split()
+        assert float(shown_distance) == pytest.approx(distance, rel=0.01)
+        assert float(shown_difference.replace("\N{MINUS SIGN}", "-")) == pytest.approx(difference, rel=0.01)
+
+
+def test_return_distribution_draws_the_distribution_functions():
+    figure = return_distribution(predicted=np.array([[3.0, 1.0]]), monte_carlo=np.array([[2.0] * 7]), title="by hand")
+    observed, learned = figure.axes[0].get_lines()
+    np.testing.assert_allclose(learned.get_xdata()[1:-1], [1, 2, 3])
+    np.testing.assert_allclose(learned.get_ydata(), [0, 0.5, 0.5, 1, 1])
+    np.testing.assert_allclose(observed.get_ydata(), [0, 0, 1, 1, 1])
+    assert {line.get_drawstyle() for line in (observed, learned)} == {"steps-post"}
+
+
+def test_return_distribution_of_certain_returns():
+    figure = return_distribution(predicted=np.zeros((2, 3)), monte_carlo=np.zeros((2, 4)), title="all zero")
+    assert figure.axes[0].get_title("right").split() == ["W₁", "0", "Δmean", "0"]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "monte_carlo", "message"),
+    [
+        (np.zeros(3), np.zeros((1, 3)), r"predicted has shape \(3,\)"),
+        (np.zeros((1, 3)), np.zeros((1, 0)), r"monte_carlo has shape \(1, 0\)"),
+        (np.zeros((2, 3)), np.zeros((3, 3)), "predicted has 2 states, but monte_carlo has 3"),
+        (np.full((1, 3), np.nan), np.zeros((1, 3)), "predicted holds 3 values that are not finite"),
+    ],
+)
+def test_return_distribution_rejects(predicted, monte_carlo, message):
+    with pytest.raises(ValueError, match=message):
+        return_distribution(predicted=predicted, monte_carlo=monte_carlo, title="wrong")
+
+
+def test_leaves_pyplot_backend_and_settings_alone(tmp_path):
+    program = f"""
+import sys, matplotlib, pandas, numpy
+settings = lambda: {{key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}}
+before = settings()  # without the backend, whose mere look-up imports pyplot to choose one
+from jaxrl_dist.plotting import learning_curve, return_distribution
+frame = pandas.DataFrame({{"env_steps": [0, 0, 9, 9], "seed": [0, 1, 0, 1], "evaluation_return": [1.0, 2, 3, 4]}})
+learning_curve({{"a": frame, "b": frame}}, {str(tmp_path / "a.png")!r}, title="a")
+return_distribution({str(tmp_path / "b.png")!r}, predicted=numpy.eye(2), monte_carlo=numpy.eye(2), title="b")
+assert "matplotlib.pyplot" not in sys.modules
+assert settings() == before
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a.png").exists()
+    assert (tmp_path / "b.png").exists()

@@ -1,1 +1,7 @@
-"""Environments under one contract."""
+"""Environments under one contract: gymnax's own, brax's, the probe, and any third party's gymnax-style environment."""
+
+from jaxrl_dist.envs.check import EnvironmentCheckError, check_env
+from jaxrl_dist.envs.registry import available, make
+from jaxrl_dist.envs.rescaling import rescale_actions
+
+__all__ = ["EnvironmentCheckError", "available", "check_env", "make", "rescale_actions"]

@@ -87,7 +87,7 @@ def check_configuration(config) -> None:
     for field in dataclasses.fields(config):
         hint, value = hints[field.name], getattr(config, field.name)
         ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
-        if isinstance(value, tuple):
+        if hint == tuple[int, ...]:
             ranges, numbers = [Range(1, math.inf)], value
         elif ranges:
             numbers = np.ravel(np.asarray(value))

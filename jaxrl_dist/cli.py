@@ -14,7 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -66,10 +66,8 @@ def _parse(options_type, config_type, preset, arguments, *, prog: str, descripti
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
-        run: Annotated[options_type, tyro.conf.arg(name="")] = dataclasses.field(default_factory=options_type)
-        algorithm: Annotated[config_type, tyro.conf.arg(name="")] = dataclasses.field(
-            default_factory=lambda: config_type(**preset)
-        )
+        run: options_type = dataclasses.field(default_factory=options_type)
+        algorithm: config_type = dataclasses.field(default_factory=lambda: config_type(**preset))
 
     parsed = tyro.cli(
         Arguments, args=arguments, prog=prog, description=description,

@@ -99,5 +99,5 @@ def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 def action_bounds(env, env_params) -> tuple[np.ndarray, np.ndarray]:
     """The environment's own action bounds, behind the rescaling to [-1, 1] of `envs.make`."""
-    space = getattr(env, "inner", env).action_space(env_params)
+    space = (env.env if hasattr(env, "inner_action") else env).action_space(env_params)
     return np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)

@@ -85,7 +85,7 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     checkpoints = Checkpoints(folder / "checkpoints")
     iteration = checkpoints.newest()
     require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
-    like = {"training": programs.abstract_training(), "seconds": jax.ShapeDtypeStruct((), np.float64)}
+    like = {"training": programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
     state = checkpoints.load(iteration, like)["training"]
     return SavedRun(problem, programs, np.arange(options.seed, options.seed + options.num_seeds), state, iteration)
 

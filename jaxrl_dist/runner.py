@@ -114,7 +114,7 @@ class _Session:
 
     def _print_plan(self) -> None:
         options, agent, programs = self.options, self.agent, self.programs
-        abstract = programs.abstract_training()
+        abstract = programs.abstract_training
         total, replay = _bytes(abstract), _bytes(abstract.state.experience.replay)
         ratio = agent.updates_per_iteration / agent.steps_per_iteration
         table = Table.grid(padding=(0, 2))
@@ -145,7 +145,7 @@ class _Session:
             return self.programs.begin(self.training_keys), 0
         saved = recording.read_config(self.folder)
         self._require_same_settings(saved)
-        like = {"training": self.programs.abstract_training(), "seconds": jax.ShapeDtypeStruct((), np.float64)}
+        like = {"training": self.programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
         loaded = self.checkpoints.load(iteration, like)
         self.training_seconds = float(loaded["seconds"])
         recorder.truncate_after(self.env_steps(iteration))

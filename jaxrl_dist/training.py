@@ -191,13 +191,14 @@ class Programs:
         self._begin = program(_begin, 2)
         self._advance = program(_advance, 2, shared=1, donate=True)
         self._evaluate = program(_evaluate, 3)
-        self._take_metrics = jax.jit(jax.vmap(take_metrics), donate_argnums=0)
+        self._take_metrics = jax.jit(jax.vmap(take_metrics), donate_argnums=0, out_shardings=self.sharding)
 
     def _choose_mode(self) -> RunsMode:
         if jax.default_backend() != "cpu":
             return "vmap"
         return "map"
 
+    @functools.cached_property
     def abstract_training(self) -> Training:
         """Shapes, dtypes and shardings of the training of all runs, without computing anything."""
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.num_runs))
@@ -206,11 +207,16 @@ class Programs:
 
     def compile(self) -> None:
         """Compile all pieces ahead of time, so that compile seconds are known and nothing compiles later."""
-        training, keys = self.abstract_training(), self._keys(jax.random.split(jax.random.key(0), self.num_runs))
+        training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
         self._begin = self._begin.lower(self.configs, keys).compile()
         self._advance = self._advance.lower(training, self.configs, jnp.int32(0)).compile()
         self._evaluate = self._evaluate.lower(training, self.configs, keys).compile()
         self._take_metrics = self._take_metrics.lower(training).compile()
+
+    def memory_of_advance(self) -> int:
+        """Bytes that the compiled training program holds at once: arguments (all state) and temporaries."""
+        analysis = self._advance.memory_analysis()
+        return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
     def _keys(self, keys: jax.Array) -> jax.Array:
         return jax.device_put(keys, self.sharding)
@@ -242,13 +248,32 @@ def _over_runs(function, mode: RunsMode, shared: int, in_place: bool, *arguments
         return jax.tree.map(lambda x: x[None], outputs)
     if mode == "vmap":
         return jax.vmap(function, in_axes=(0,) * split + (None,) * shared)(*arguments)
+    # Keys travel through the loops below as plain numbers: JAX's reuse checker takes reading one key of an array at
+    # every turn for reading the same key again.
+    batched = _plain(batched)
     if not in_place:
-        return jax.lax.map(lambda one: function(*one, *common), batched)
+        return jax.lax.map(lambda one: function(*_keyed(one, arguments), *common), batched)
 
     # The first argument is updated run by run inside one carried buffer: `lax.map` would hold every replay twice.
     def one_run(index, first):
         one = jax.tree.map(lambda x: x[index], (first, *batched[1:]))
-        updated = function(*one, *common)
+        updated = _plain(function(*_keyed(one, arguments), *common))
         return jax.tree.map(lambda whole, new: whole.at[index].set(new), first, updated)
 
-    return jax.lax.fori_loop(0, num_runs, one_run, batched[0])
+    return _keyed(jax.lax.fori_loop(0, num_runs, one_run, batched[0]), arguments[0])
+
+
+def _plain(tree):
+    """The tree with typed keys as their raw data."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _keyed(tree, like):
+    """The tree with raw data wrapped as keys wherever `like` has typed keys."""
+    flat = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=False)
+    leaves = [jax.random.wrap_key_data(x, impl=jax.random.key_impl(key)) if _is_key(key) else x for x, key in flat]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _is_key(x) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

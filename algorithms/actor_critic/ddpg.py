@@ -210,7 +210,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             return critic_loss(value, target), value
 
         (critic_value, value), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.global_norm(gradient)
+        critic_gradient_norm = optax.tree.norm(gradient)
         changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer, learner.critic)
         critic_parameters = optax.apply_updates(learner.critic, changes)
 

@@ -209,7 +209,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             return critic_loss(values, target), values
 
         (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.global_norm(gradient)
+        critic_gradient_norm = optax.tree.norm(gradient)
         changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
         critic_parameters = optax.apply_updates(learner.critic, changes)
 

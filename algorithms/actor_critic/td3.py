@@ -212,7 +212,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = optax.apply_updates(learner.critic, changes)
         metrics = {
             "critic_loss": critic_value, "value": values.mean(), "target": target.mean(),
-            "critic_gradient_norm": optax.global_norm(gradient),
+            "critic_gradient_norm": optax.tree.norm(gradient),
         }  # fmt: skip
         return learner._replace(critic=critic_parameters, critic_optimizer=critic_optimizer), metrics
 

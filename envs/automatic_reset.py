@@ -1,0 +1,72 @@
+"""Start the next episode only in the environments that ended one, for environments whose reset is expensive.
+
+gymnax computes a reset at every step of every environment and selects. That is exact and costs nothing for CartPole,
+but in brax's hopper it takes longer than the step's own physics on CPU (see `brax.py` for the measurement). A per-lane
+`cond` does not help, since under `vmap` it computes both branches. So the batch decides: a loop runs while any
+environment of the batch still has to be reset, usually not at all, and resets a few per turn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+LANES_PER_TURN = 16  # below about this many environments a reset costs the same on CPU, however few there are
+
+
+def reset_where(
+    reset: Callable[[jax.Array, Any], tuple[Any, Any]],
+    ended: jax.Array,
+    key: jax.Array,
+    params: Any,
+    observation: Any,
+    state: Any,
+) -> tuple[Any, Any]:
+    """`reset(key, params)` where `ended`, else `(observation, state)`: for one environment, or under any nest of vmaps.
+
+    Equal to a select between the two, key by key; it does not matter to an environment's draw who else ended.
+    Not differentiable in reverse mode (a loop of unknown length).
+    """
+    return _reset_where(reset, depth=0)(ended, key, params, observation, state)
+
+
+def _reset_where(reset: Callable, depth: int) -> Callable:
+    """`reset_where` for arguments with `depth` batch axes in front; `vmap` turns it into the one for `depth + 1`."""
+
+    def some(ended: jax.Array, key: jax.Array, params: Any, observation: Any, state: Any) -> tuple[Any, Any, Any]:
+        """Reset the first few of the `[lanes]` that ended; returns who is left."""
+        lanes = ended.shape[0]
+        turn = min(lanes, max(LANES_PER_TURN, lanes // 16))
+        # Places that are not needed point past the end, where writes are dropped.
+        chosen = jnp.flatnonzero(ended, size=turn, fill_value=lanes)
+        chosen_key, chosen_params = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), (key, params))
+        fresh = jax.vmap(reset)(chosen_key, chosen_params)
+        observation, state = jax.tree.map(
+            lambda leaf, new: leaf.at[chosen].set(new, mode="drop"), (observation, state), fresh
+        )
+        return ended.at[chosen].set(False, mode="drop"), observation, state
+
+    turn_of_all = some
+    for _ in range(depth - 1):  # outer batch axes (runs) take their turns side by side: nothing moves between them
+        turn_of_all = jax.vmap(turn_of_all)
+
+    @custom_vmap
+    def run(ended: jax.Array, key: jax.Array, params: Any, observation: Any, state: Any) -> tuple[Any, Any]:
+        if depth == 0:
+            return jax.lax.cond(ended, lambda: reset(key, params), lambda: (observation, state))
+        carry = (ended, observation, state)
+        carry = jax.lax.while_loop(lambda c: jnp.any(c[0]), lambda c: turn_of_all(c[0], key, params, *c[1:]), carry)
+        return carry[1:]
+
+    @run.def_vmap
+    def batched(size: int, is_batched: list, *arguments: Any) -> tuple[Any, Any]:
+        arguments = jax.tree.map(
+            lambda leaf, has_axis: leaf if has_axis else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))),
+            arguments,
+            tuple(is_batched),
+        )
+        return _reset_where(reset, depth + 1)(*arguments), (True, True)
+
+    return run

@@ -1,0 +1,113 @@
+"""brax's environments under gymnax's contract.
+
+Built on the bare environment: brax's own wrappers return every environment to its first state for ever, drop the last
+observation of an episode and do not take typed keys. Here each episode starts from a fresh draw and
+`info["final_observation"]` is the true successor.
+
+Time limits are gymnax's way: `truncated` is `time >= max_steps_in_episode`, `terminated` is brax's own `done`; where
+both happen on one step both are set, and a target that multiplies by `1 - terminated` lets the termination win.
+
+brax takes actions in [-1, 1] for every environment and scales them to the actuators itself.
+"""
+
+import contextlib
+import io
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gymnax.environments import environment, spaces
+from jaxrl_dist.envs.automatic_reset import reset_where
+
+
+@contextlib.contextmanager
+def _without_warp_lines():
+    """MuJoCo prints one line each for two optional packages that we do not need; everything else is printed still."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        harmless = ("Failed to import warp:", "Failed to import mujoco_warp:")
+        for line in printed.getvalue().splitlines():
+            if not line.startswith(harmless):
+                print(line)
+
+
+with _without_warp_lines():
+    from brax import envs as brax_envs
+
+
+@struct.dataclass
+class BraxState(environment.EnvState):
+    time: jax.Array  # steps since the reset
+    brax: brax_envs.State  # whole, since an environment may read any part of it in its next step
+
+
+@struct.dataclass
+class BraxParams(environment.EnvParams):
+    max_steps_in_episode: int = 1000  # brax's own default for every environment
+
+
+class Brax(environment.Environment[BraxState, BraxParams]):
+    """A bare brax environment (anything that fulfils `brax.envs.Env`) as a gymnax one."""
+
+    def __init__(self, env: brax_envs.Env, name: str) -> None:
+        super().__init__()
+        self.env = env
+        self._name = name
+        observation = jax.eval_shape(env.reset, jax.random.key(0)).obs
+        if not isinstance(observation, jax.ShapeDtypeStruct):
+            raise ValueError(f"observation of {name} is a {type(observation).__name__}, allowed: one array")
+        self._observation = observation
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def default_params(self) -> BraxParams:
+        return BraxParams()
+
+    @property
+    def num_actions(self) -> int:
+        return self.env.action_size
+
+    def action_space(self, params: BraxParams | None = None) -> spaces.Box:
+        return spaces.Box(-1.0, 1.0, (self.env.action_size,))
+
+    def observation_space(self, params: BraxParams | None = None) -> spaces.Box:
+        return spaces.Box(-np.inf, np.inf, self._observation.shape, self._observation.dtype)
+
+    def reset_env(self, key: jax.Array, params: BraxParams) -> tuple[jax.Array, BraxState]:
+        state = self.env.reset(key)
+        state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+        return state.obs, BraxState(time=jnp.zeros((), jnp.int32), brax=state)
+
+    def step_env(
+        self, key: jax.Array, state: BraxState, action: jax.Array, params: BraxParams
+    ) -> tuple[jax.Array, BraxState, jax.Array, jax.Array, dict[str, Any]]:
+        # brax writes into the metrics it is given: hand it a copy of the containers, or the caller's state changes.
+        successor = self.env.step(jax.tree.map(lambda leaf: leaf, state.brax), action)
+        # Some rewards and dones are Python numbers; in a loop every leaf must keep the type that the reset gave it.
+        successor = jax.tree.map(lambda leaf, old: jnp.asarray(leaf, old.dtype), successor, state.brax)
+        terminated = successor.done > 0
+        info = {"metrics": successor.metrics}
+        return successor.obs, BraxState(time=state.time + 1, brax=successor), successor.reward, terminated, info
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(
+        self, key: jax.Array, state: BraxState, action: jax.Array, params: BraxParams | None = None
+    ) -> tuple[jax.Array, BraxState, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
+        """gymnax's step (same keys, same flags), with the reset computed only where an episode ended."""
+        params = self.default_params if params is None else params
+        key_step, key_reset = jax.random.split(key)
+        final_observation, state, reward, terminated, info = self.step_env(key_step, state, action, params)
+        truncated = self.is_truncated(state, params)
+        ended = terminated | truncated
+        observation, state = reset_where(self.reset_env, ended, key_reset, params, final_observation, state)
+        info |= {"terminated": terminated, "truncated": truncated, "final_observation": final_observation}
+        return observation, state, reward, terminated, truncated, info

@@ -1,0 +1,65 @@
+"""Continuous actions always live in Box(-1, 1): the agent never learns an environment's units."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnax.environments import spaces
+
+
+def rescale_actions(env: Any, params: Any) -> Any:
+    """The environment with actions in Box(-1, 1): `env` itself where that holds already or actions are discrete.
+
+    The bounds are read once, at `params`; environments whose bounds depend on parameters (Pendulum's `max_torque`)
+    follow the parameters given to each step. Raises ValueError where an action is unbounded or a bound is not a number.
+    """
+    space = env.action_space(params)
+    if isinstance(space, spaces.Discrete):
+        return env
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"action_space of {env.name} is {space!r}, allowed: Box with finite bounds or Discrete")
+    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        span = high - low  # infinite also for bounds of ±float32's largest number, which mean "unbounded"
+    if not np.all(np.isfinite(span) & (span > 0)):
+        raise ValueError(f"action_space of {env.name} is {space!r}, allowed: finite bounds with low < high")
+    if np.all(low == -1) and np.all(high == 1):
+        return env
+    return RescaledActions(env)
+
+
+@dataclasses.dataclass(frozen=True)
+class RescaledActions:
+    """An environment that takes actions in Box(-1, 1); everything else is the inner environment's own.
+
+    Frozen, so that two wrappers of one environment are equal and share their compiled step.
+    """
+
+    env: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "env":  # `copy` and `pickle` look before `env` is there
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def action_space(self, params: Any = None) -> spaces.Box:
+        inner = self.env.action_space(self.env.default_params if params is None else params)
+        return spaces.Box(-1.0, 1.0, inner.shape, inner.dtype)
+
+    def inner_action(self, action: jax.Array, params: Any) -> jax.Array:
+        """Affine map of [-1, 1] to the inner bounds; what lies outside is clipped to them."""
+        space = self.env.action_space(params)
+        low, high = jnp.asarray(space.low, space.dtype), jnp.asarray(space.high, space.dtype)
+        # Around the centre, and clipped after the map: exact at 0, and no rounding can leave the bounds.
+        return jnp.clip((low + high) / 2 + action * (high - low) / 2, low, high)
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(self, key: jax.Array, state: Any, action: jax.Array, params: Any = None) -> tuple:
+        params = self.env.default_params if params is None else params
+        return self.env.step(key, state, self.inner_action(action, params), params)
+
+    def step_env(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
+        return self.env.step_env(key, state, self.inner_action(action, params), params)

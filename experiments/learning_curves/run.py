@@ -1,0 +1,102 @@
+"""Do the algorithms learn? Evaluation returns against environment steps, several seeds, with intervals.
+
+Each (algorithm, environment) pair is trained as a user would train it, by the same runner as the command line, with
+the settings below. What is committed per pair is `ENVIRONMENT/ALGORITHM.csv`, the tidy evaluation record (a row per
+evaluation episode and seed); per environment `summary.csv` and `figure.png`; and `about.json` with the command, the
+configuration, versions and date of every pair.
+
+    python experiments/learning_curves/run.py --environment Pendulum-v1
+    python experiments/learning_curves/run.py --environment brax/hopper
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from jaxrl_dist import cli, plotting, problem, recording, runner, statistics
+
+HERE = Path(__file__).parent
+
+# Pendulum takes each algorithm's own preset. Hopper's widths and update-to-data ratio are what 2 cores reach: the
+# same for both algorithms; TQC's number of critics, quantiles and dropped atoms are the paper's.
+HOPPER = {
+    "num_envs": 8, "updates_per_iteration": 4, "warmup_steps": 8_000, "critic_hidden": (256, 256),
+    "actor_hidden": (256, 256),
+}  # fmt: skip
+SETTINGS = {
+    "Pendulum-v1": {"total_steps": 15_000, "algorithms": {"tqc": {}, "sac": {}, "td3": {}, "ddpg": {}}},
+    "brax/hopper": {"total_steps": 100_000, "algorithms": {"tqc": HOPPER, "sac": HOPPER}},
+}
+
+
+def main(
+    environment: Literal["Pendulum-v1", "brax/hopper"], algorithms: tuple[str, ...] = (), num_seeds: int = 6,
+    eval_episodes: int = 20, out: Path = HERE,
+) -> None:  # fmt: skip
+    """Train all pairs of one environment and write the tables and the figure.
+
+    Args:
+        environment: which environment.
+        algorithms: which algorithms; all of them if empty.
+        num_seeds: seeds per algorithm, trained together.
+        eval_episodes: episodes per evaluation and seed.
+        out: folder to write to.
+    """
+    cli.spread_over_cores()
+    settings = SETTINGS[environment]
+    folder = out / environment.replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for algorithm in algorithms or settings["algorithms"]:
+        module = cli.find_algorithm(algorithm)
+        overrides = {**module.PRESETS.get(environment, {}), **settings["algorithms"][algorithm]}
+        options = problem.RunOptions(
+            env_id=environment, total_steps=settings["total_steps"], num_seeds=num_seeds, eval_episodes=eval_episodes,
+            name=f"learning_curves-{time.strftime('%Y-%m-%d_%H-%M-%S')}",
+        )  # fmt: skip
+        started = time.perf_counter()
+        prepared = problem.prepare(algorithm, module.make_agent, module.Config(**overrides), options)
+        run_folder = runner.train(prepared)
+        about = recording.read_config(run_folder)
+        about["command"] = recording.command_line()
+        about["wall_seconds"] = round(time.perf_counter() - started)
+        recording.read_evaluations(run_folder).to_csv(folder / f"{algorithm}.csv", index=False)
+        (folder / f"{algorithm}.json").write_text(json.dumps(about, indent=2) + "\n")
+        shutil.copy(run_folder / "return_distribution.png", folder / f"{algorithm}_return_distribution.png")
+    summarise(environment, folder)
+
+
+def summarise(environment: str, folder: Path) -> None:
+    """The figure and the table of final returns, from whatever pairs are there."""
+    frames, rows = {}, []
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem == "summary":
+            continue
+        episodes = pd.read_csv(path)
+        means = episodes.groupby(["env_steps", "seed"], as_index=False)["episode_return"].mean()
+        frames[path.stem.upper()] = means.rename(columns={"episode_return": "evaluation_return"})
+        last = episodes[episodes.env_steps == episodes.env_steps.max()]
+        final = last.groupby("seed").episode_return.mean().to_numpy()
+        low, high = statistics.bootstrap_interval(final)
+        row = {
+            "algorithm": path.stem, "environment": environment, "env_steps": int(last.env_steps.iloc[0]),
+            "seeds": len(final), "iqm": statistics.interquartile_mean(final), "interval_low": low,
+            "interval_high": high, "lowest_seed": final.min(), "highest_seed": final.max(),
+            "cvar_10_of_episodes": statistics.conditional_value_at_risk(last.episode_return.to_numpy(), 0.1),
+        }  # fmt: skip
+        rows.append({k: round(float(v), 1) if isinstance(v, float | np.floating) else v for k, v in row.items()})
+    table = pd.DataFrame(rows)
+    table.to_csv(folder / "summary.csv", index=False)
+    print(table.to_string(index=False))
+    seeds = "/".join(str(n) for n in sorted({row["seeds"] for row in rows}))
+    title = f"{environment}, {seeds} seeds"
+    plotting.learning_curve(frames, folder / "figure.png", title=title)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

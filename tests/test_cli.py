@@ -1,0 +1,103 @@
+"""The command line as a newcomer meets it: help, exit codes, one clear line for bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxrl_dist import cli
+
+ROOT = Path(__file__).parents[1]
+ALGORITHMS = sorted(cli.algorithms())
+
+
+def run(*arguments, timeout=300) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "120", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def test_algorithms_are_found():
+    assert {"tqc", "sac", "td3", "ddpg"} <= set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("name", ["tqc", "ddpg"])
+def test_help_lists_every_option_with_meaning_and_default(name):
+    import dataclasses
+
+    from jaxrl_dist.problem import RunOptions
+
+    module = cli.find_algorithm(name)
+    done = run(module.__file__, "--help")
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.replace("│", " ").split())
+    for field in (*dataclasses.fields(module.Config), *dataclasses.fields(RunOptions)):
+        assert f"--{field.name.replace('_', '-')} " in words, field.name
+    assert "run options" in words
+    assert "algorithm options" in words
+    assert words.count("(default:") == len(dataclasses.fields(module.Config)) + len(dataclasses.fields(RunOptions))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env-id", "Pendulun-v1"], "Pendulum-v1"),
+        (["--env-id", "CartPole-v1"], "discrete"),
+        (["--quantiles-dropped", "25"], "--quantiles-dropped is 25"),
+        (["--preset", "mine"], "--preset is 'mine'"),
+        (["--learning-rat", "1"], "--learning-rat"),
+        (["--batch-size", "many"], "--batch-size"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path):
+    done = run("algorithms/actor_critic/tqc.py", "--runs-folder", tmp_path, *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "compiling" not in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+def test_list_doctor_and_unknown_algorithm():
+    listed = run("-m", "jaxrl_dist", "list")
+    assert listed.returncode == 0, listed.stderr
+    for word in (*ALGORITHMS, "actor_critic", "Pendulum-v1", "brax/hopper", "probe"):
+        assert word in listed.stdout
+    doctor = run("-m", "jaxrl_dist", "doctor")
+    assert "jax" in doctor.stdout
+    unknown = run("-m", "jaxrl_dist", "train", "tcq")
+    assert unknown.returncode == 2
+    assert "tqc" in unknown.stdout
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_plot(tmp_path):
+    """A small run with everything on, then the commands that read it."""
+    arguments = [
+        "--total-steps", "300", "--warmup-steps", "128", "--batch-size", "16", "--num-seeds", "2", "--actor-hidden",
+        "8", "--critic-hidden", "8", "--eval-episodes", "2", "--runs-folder", tmp_path, "--name", "one",
+    ]  # fmt: skip
+    trained = run("-m", "jaxrl_dist", "train", "sac", *arguments)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    for word in ("memory", "compiling", "compiled in", "IQM over 2 seeds", "95 % interval", "CVaR", "updates/s"):
+        assert word in trained.stdout
+    folder = tmp_path / "sac" / "Pendulum-v1" / "one"
+    for name in ("config.json", "metrics.csv", "evaluations.csv", "learning_curve.png", "return_distribution.png"):
+        assert (folder / name).stat().st_size > 0
+    evaluated = run("-m", "jaxrl_dist", "evaluate", folder, "--episodes", "3")
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    assert "IQM over 2 seeds" in evaluated.stdout
+    plotted = run("-m", "jaxrl_dist", "plot", folder, "--out", tmp_path / "all.png")
+    assert plotted.returncode == 0, plotted.stdout + plotted.stderr
+    assert (tmp_path / "all.png").stat().st_size > 0
+    missing = run("-m", "jaxrl_dist", "evaluate", tmp_path / "nothing")
+    assert missing.returncode == 2
+    assert "nothing" in missing.stdout

@@ -1,0 +1,179 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnax.environments import spaces
+from toys import Toy, ToyParams
+
+from jaxrl_dist import evaluation, interaction
+from jaxrl_dist.agent import Agent
+
+PUSH = 0.25  # the constant action of the evaluation policy, in both components
+
+
+def fake_agent(act=None, target_policy=None, predict=None):
+    return Agent(None, None, act, target_policy, predict, None, 0, 1, 1)
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("episodes", "max_steps"))
+def evaluate(key, params, episodes=40, max_steps=100):
+    agent = fake_agent(act=lambda state, observation, key: jnp.full((observation.shape[0], 2), state))
+    return evaluation.evaluate(agent, Toy(), params, PUSH, key, episodes=episodes, max_steps=max_steps)
+
+
+def lengths_of(key, params, episodes=40):
+    """The lengths that the environments draw at their reset, which their observations show."""
+    return np.asarray(interaction.start(Toy(), params, jax.random.split(key)[0], episodes).observation[:, 2])
+
+
+def expected_return(length):
+    return length * (length - 1) / 2 + 2 * PUSH * length  # 0 + 1 + ... + (length - 1) and the action at every step
+
+
+def test_every_environment_counts_with_its_first_episode_only():
+    params = ToyParams(shortest=2, longest=30)
+    episodes = evaluate(jax.random.key(0), params)
+    lengths = lengths_of(jax.random.key(0), params)
+    assert lengths.min() < 6 < 24 < lengths.max()  # short ones end, and restart, many times before the last one ends
+    np.testing.assert_array_equal(episodes.episode_length, lengths)
+    np.testing.assert_allclose(episodes.episode_return, expected_return(lengths), rtol=1e-3)
+
+
+def test_a_time_limit_ends_an_episode():
+    params = ToyParams(shortest=2, longest=30, max_steps_in_episode=8)
+    episodes = evaluate(jax.random.key(0), params)
+    lengths = np.minimum(lengths_of(jax.random.key(0), params), 8)
+    np.testing.assert_array_equal(episodes.episode_length, lengths)
+    np.testing.assert_allclose(episodes.episode_return, expected_return(lengths), rtol=1e-3)
+
+
+def test_episodes_still_running_after_max_steps_count_as_they_stand():
+    params = ToyParams(shortest=2, longest=30)
+    episodes = evaluate(jax.random.key(0), params, max_steps=5)
+    lengths = np.minimum(lengths_of(jax.random.key(0), params), 5)
+    np.testing.assert_array_equal(episodes.episode_length, lengths)
+    np.testing.assert_allclose(episodes.episode_return, expected_return(lengths), rtol=1e-3)
+
+
+def test_a_noisy_evaluation_draws_fresh_numbers_at_every_step_and_key():
+    params = ToyParams(shortest=400, longest=400, max_steps_in_episode=500, noise=1.0)
+    episodes = evaluate(jax.random.key(1), params, episodes=100, max_steps=500)
+    noise = np.asarray(episodes.episode_return) - expected_return(400)
+    # A sum of 400 independent draws: deviation 20; the same draw at every step would give 400. float16 rewards add 2.
+    assert 16 < noise.std() < 24
+    assert len(np.unique(episodes.episode_return)) == 100
+    again = evaluate(jax.random.key(1), params, episodes=100, max_steps=500)
+    np.testing.assert_array_equal(again.episode_return, episodes.episode_return)
+
+
+def test_episode_limit():
+    assert evaluation.episode_limit(ToyParams(max_steps_in_episode=7)) == 7
+    assert evaluation.episode_limit(ToyParams(max_steps_in_episode=7), fallback=9) == 7
+    assert evaluation.episode_limit(object(), fallback=9) == 9
+    with pytest.raises(ValueError, match="--eval-max-steps is 0, but the environment's params have no max_steps"):
+        evaluation.episode_limit(object())
+
+
+# -- return_distributions ---------------------------------------------------------------------------------------------
+
+
+class WalkParams(NamedTuple):
+    end_probability: float = 0.0
+    noise: float = 0.0
+    max_steps_in_episode: int = 1_000_000
+
+
+class Walk:
+    """Reward = the action + noise; ends with equal probability at every step. Observation: time and a random label."""
+
+    name = "Walk"
+
+    def action_space(self, params):
+        return spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, key, params):
+        state = jnp.stack([0.0, jax.random.uniform(key)])
+        return state, state
+
+    def step(self, key, state, action, params):
+        reset_key, noise_key, end_key = jax.random.split(key, 3)
+        reward = action[0] + params.noise * jax.random.normal(noise_key)
+        terminated = jax.random.uniform(end_key) < params.end_probability
+        moved = state + jnp.array([1.0, 0.0])
+        following = jnp.where(terminated, self.reset(reset_key, params)[0], moved)
+        return following, following, reward, terminated, jnp.zeros((), bool), {"final_observation": moved}
+
+
+BONUS = 0.5
+STATES, ROLLOUTS = 4, 2000
+
+
+def steady(state, observation, key):
+    """Always the action 1, with an entropy bonus."""
+    return jnp.ones((observation.shape[0], 1)), jnp.full(observation.shape[0], BONUS)
+
+
+def erratic(state, observation, key):
+    return jax.random.uniform(key, (observation.shape[0], 1), minval=-1, maxval=1), jnp.zeros(observation.shape[0])
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "horizon", "spread"))
+def distributions(policy, params, discount, horizon, spread=8):
+    agent = fake_agent(
+        target_policy=policy, predict=lambda state, observation, action: jnp.concatenate([observation, action], -1)
+    )
+    return evaluation.return_distributions(
+        agent, Walk(), params, None, jax.random.key(0),
+        discount=discount, states=STATES, rollouts=ROLLOUTS, horizon=horizon, spread=spread,
+    )  # fmt: skip
+
+
+def test_the_bonus_counts_from_the_second_step_on():
+    returns = distributions(steady, WalkParams(), 0.5, horizon=3).monte_carlo
+    assert returns.shape == (STATES, ROLLOUTS)
+    np.testing.assert_allclose(returns, 1 + (1 + BONUS) * (0.5 + 0.25 + 0.125))
+
+
+def test_mean_and_variance_agree_with_the_closed_form():
+    # Rewards 1 + N(0, 4): the mean adds gamma^t, the variance gamma^2t, and 60 steps leave 0.8^60 = 1.5e-6 out.
+    gamma = 0.8
+    returns = np.asarray(distributions(steady, WalkParams(noise=2.0), gamma, horizon=60).monte_carlo, np.float64)
+    mean, variance = 1 + (1 + BONUS) * gamma / (1 - gamma), 4 / (1 - gamma**2)
+    count = returns.size
+    assert returns.mean() == pytest.approx(mean, abs=4 * np.sqrt(variance / count))
+    assert returns.var() == pytest.approx(variance, rel=4 * np.sqrt(2 / count))
+    # Clones of a state are independent, and so are the states.
+    assert returns.mean(1).std() < 4 * np.sqrt(variance / ROLLOUTS)
+    assert np.abs(np.corrcoef(returns) - np.eye(STATES)).max() < 4 / np.sqrt(ROLLOUTS)
+
+
+def test_termination_stops_the_sum():
+    end, gamma, horizon = 0.3, 0.9, 80
+    returns = np.asarray(distributions(steady, WalkParams(end_probability=end), gamma, horizon=horizon).monte_carlo)
+    # After k further steps the return is 1 + (1 + bonus) (gamma + ... + gamma^k), with probability (1 - p)^k p.
+    steps = np.arange(horizon + 1)
+    possible = 1 + (1 + BONUS) * gamma * (1 - gamma**steps) / (1 - gamma)
+    nearest = np.abs(returns.reshape(-1, 1) - possible).argmin(1)
+    np.testing.assert_allclose(returns.reshape(-1), possible[nearest], rtol=1e-4)
+    for k in range(5):
+        probability = (1 - end) ** k * end
+        tolerance = 4 * np.sqrt(probability * (1 - probability) / returns.size)
+        assert (nearest == k).mean() == pytest.approx(probability, abs=tolerance)
+
+
+def test_clones_share_state_and_first_action_with_the_prediction():
+    predicted, returns = distributions(erratic, WalkParams(), 0.0, horizon=1)
+    np.testing.assert_array_equal(predicted[:, 0], [0, 2, 4, 6])  # states after 0 to `spread` = 8 steps
+    first_action = predicted[:, 2]
+    assert len(np.unique(first_action)) == STATES
+    assert len(np.unique(predicted[:, 1])) == STATES  # from starts of their own
+    np.testing.assert_array_equal(returns, np.broadcast_to(first_action[:, None], (STATES, ROLLOUTS)))
+    # Later actions are drawn afresh by every clone.
+    rest = np.asarray(distributions(erratic, WalkParams(), 1.0, horizon=1).monte_carlo - first_action[:, None])
+    assert len(np.unique(rest)) > 0.95 * rest.size

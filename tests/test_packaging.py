@@ -1,0 +1,238 @@
+"""The house rules that tools do not check: imports only go down, and what is installed is what is in the repository."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGE_FOLDERS = ("jaxrl_dist", "algorithms", "envs")  # installed; the top-level two inside of `jaxrl_dist`
+CODE_FOLDERS = (*PACKAGE_FOLDERS, "experiments", "tests")
+# Floors, the lowest first: what a file in this folder may not import, at whatever place in the file.
+FORBIDDEN = {
+    "jaxrl_dist": ("jaxrl_dist.envs", "jaxrl_dist.algorithms", "experiments", "tests"),
+    "envs": ("jaxrl_dist.algorithms", "experiments", "tests"),
+    "algorithms": ("jaxrl_dist.algorithms", "experiments", "tests"),
+    "experiments": ("tests",),
+    "tests": (),
+}
+# The toolkit knows environments and algorithms by name: the import stands in the function that was given one.
+LAZY = {"jaxrl_dist": ("jaxrl_dist.envs", "jaxrl_dist.algorithms")}
+
+
+def module_name(path: Path) -> str:
+    """Name under which a file of the repository is imported: `envs/probe.py` -> `jaxrl_dist.envs.probe`."""
+    parts = list(path.with_suffix("").parts)
+    if parts[0] in ("algorithms", "envs"):
+        parts.insert(0, "jaxrl_dist")
+    return ".".join(parts)
+
+
+def imports(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
+    """Every import as (absolute name, line, whether it is inside a function); `from a import b` is named `a.b`."""
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {child for function in functions for child in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno, node in inside
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def broken_rules(path: Path, source: str) -> list[str]:
+    """Imports of a file (path relative to the repository) that the floors forbid, as `path:line: what`."""
+    folder, module = path.parts[0], module_name(path)
+    found = []
+    for name, line, lazy in imports(source, module):
+        for package in FORBIDDEN[folder]:
+            if is_in(name, package) and not (lazy and package in LAZY.get(folder, ())):
+                found.append(f"{path}:{line}: imports {name}, which is not below it")
+        if name.split(".")[0] in ("envs", "algorithms"):
+            found.append(f"{path}:{line}: imports {name}; its installed name is jaxrl_dist.{name}")
+    return found
+
+
+def source_files(*folders: str) -> list[Path]:
+    return sorted(
+        path.relative_to(REPOSITORY)
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*.py")
+        if "__pycache__" not in path.parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "broken"),
+    [
+        ("jaxrl_dist/replay.py", "import jax\nfrom jaxrl_dist import returns", False),
+        ("jaxrl_dist/replay.py", "from jaxrl_dist.envs import make", True),
+        ("jaxrl_dist/replay.py", "from jaxrl_dist import envs", True),
+        ("jaxrl_dist/replay.py", "import jaxrl_dist.algorithms.actor_critic.tqc as tqc", True),
+        ("jaxrl_dist/replay.py", "from . import envs", True),
+        ("jaxrl_dist/distributional/risk.py", "from ..envs import make", True),
+        ("jaxrl_dist/distributional/risk.py", "from . import quantile", False),
+        ("jaxrl_dist/replay.py", "import experiments.throughput.run", True),
+        ("jaxrl_dist/cli.py", "def train():\n    from jaxrl_dist import envs", False),
+        ("jaxrl_dist/cli.py", "def train():\n    import experiments", True),
+        ("jaxrl_dist/cli.py", "if True:\n    from jaxrl_dist import envs", True),
+        ("jaxrl_dist/cli.py", "class A:\n    from jaxrl_dist import envs", True),
+        ("envs/probe.py", "from jaxrl_dist import interaction", False),
+        ("envs/probe.py", "from jaxrl_dist.envs import brax", False),
+        ("envs/probe.py", "def f():\n    from jaxrl_dist.algorithms import actor_critic", True),
+        ("algorithms/actor_critic/tqc.py", "from jaxrl_dist.envs import make", False),
+        ("algorithms/actor_critic/tqc.py", "from jaxrl_dist.algorithms.actor_critic import sac", True),
+        ("algorithms/actor_critic/tqc.py", "from . import sac", True),
+        ("algorithms/actor_critic/tqc.py", "def f():\n    from .sac import State", True),
+        ("algorithms/actor_critic/tqc.py", "from algorithms.actor_critic import sac", True),
+        ("experiments/throughput/run.py", "from jaxrl_dist.algorithms.actor_critic import tqc", False),
+        ("experiments/throughput/run.py", "import envs", True),
+        ("tests/test_envs.py", "from envs import make", True),
+        ("tests/test_envs.py", "def f():\n    import algorithms.actor_critic.tqc", True),
+        ("tests/test_envs.py", "import gymnax.environments", False),
+    ],
+)
+def test_the_rules_find_what_breaks_them(path, source, broken):
+    assert bool(broken_rules(Path(path), source)) == broken
+
+
+def test_imports_only_go_down():
+    files = source_files(*CODE_FOLDERS)
+    assert {path.parts[0] for path in files} >= {"jaxrl_dist", "algorithms", "envs", "tests"}
+    found = [line for path in files for line in broken_rules(path, (REPOSITORY / path).read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_every_package_folder_is_listed_and_every_listed_one_exists():
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    folders = {path.parent for path in source_files(*PACKAGE_FOLDERS)}
+    assert sorted(setuptools["packages"]) == sorted(module_name(folder) for folder in folders)
+    for folder in folders:
+        assert (REPOSITORY / folder / "__init__.py").is_file(), f"{folder} has no __init__.py"
+    for package, folder in setuptools["package-dir"].items():
+        assert module_name(Path(folder)) == package
+
+
+def test_installed_version_and_source_agree():
+    import importlib.metadata
+
+    import jaxrl_dist
+
+    assert jaxrl_dist.__version__ == PYPROJECT["project"]["version"]
+    assert importlib.metadata.version("jaxrl-dist") == jaxrl_dist.__version__
+
+
+def test_the_wheel_holds_every_module_under_one_import_root(tmp_path):
+    """Built without isolation, so without a network, in a copy, since setuptools leaves its `build` folder behind."""
+    copy = tmp_path / "repository"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, copy)
+    for folder in PACKAGE_FOLDERS:
+        shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    program = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    built = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    modules = {name for name in names if name.endswith(".py")}
+    assert modules == {module_name(path).replace(".", "/") + ".py" for path in source_files(*PACKAGE_FOLDERS)}
+    assert "jaxrl_dist/algorithms/actor_critic/tqc.py" in modules
+    assert "jaxrl_dist/envs/__init__.py" in modules
+    assert {name.split("/")[0] for name in names} == {"jaxrl_dist", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+
+    # The wheel alone is enough, beside a user's own `envs` and `algorithms`.
+    user = tmp_path / "user"
+    for name in ("envs", "algorithms"):
+        (user / name).mkdir(parents=True)
+        (user / name / "__init__.py").write_text("mine = True\n")
+    program = f"""
+import importlib.util, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path.insert(0, {str(wheel)!r})
+import algorithms, envs
+assert envs.mine and algorithms.mine
+for name in ("envs", "algorithms"):
+    print(importlib.util.find_spec(f"jaxrl_dist.{{name}}").origin)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=user, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(str(wheel)) == 2
+
+
+def test_constraints_pin_every_dependency_within_its_bounds():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pins = {}
+    for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        if line:
+            pin = Requirement(line)
+            (specifier,) = pin.specifier
+            assert specifier.operator == "==", line
+            assert pin.url is None, line
+            pins[canonicalize_name(pin.name)] = specifier.version
+    project = PYPROJECT["project"]
+    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        requirement = Requirement(line)
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{line}: constraints.txt pins {version}"
+
+
+# ------------------------------------------------------------------------------- what tests/conftest.py promises
+
+
+def test_tests_run_on_the_cpu():
+    assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: jax.vmap(f, axis_size=3, in_axes=None)])
+def test_a_key_used_twice_is_an_error(wrap):
+    def use_twice(key):
+        return jax.random.normal(key) + jax.random.uniform(key)
+
+    def use_once(key):
+        first, second = jax.random.split(key)
+        return jax.random.normal(first) + jax.random.uniform(second)
+
+    wrap(use_once)(jax.random.key(0))
+    with pytest.raises(jax.errors.KeyReuseError):
+        wrap(use_twice)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning])
+def test_a_deprecation_that_our_code_sets_off_is_an_error(category):
+    def warn_from(module: str) -> None:
+        exec("import warnings\nwarnings.warn('going away', category)", {"__name__": module, "category": category})
+
+    with pytest.raises(category):
+        warn_from("jaxrl_dist.algorithms.actor_critic.tqc")
+    with warnings.catch_warnings(record=True) as caught:
+        warn_from("somebody.elses.package")
+    assert len(caught) == 1  # a warning as ever
+
+
+def test_every_test_has_a_time_limit(request):
+    assert 0 < float(request.config.getini("timeout")) <= 900
+    assert request.config.getini("timeout_method") == "thread"

@@ -1,0 +1,84 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import Toy, ToyParams
+
+from jaxrl_dist import normalization, portable
+from jaxrl_dist.algorithms.actor_critic import td3, tqc
+
+ROOT = Path(portable.__file__).parents[1]
+OBSERVATIONS = np.random.default_rng(0).normal(0, 3, (20, 3)).astype(np.float32)
+SIZES = {"warmup_steps": 8, "batch_size": 4, "replay_capacity": 8, "actor_hidden": (8, 6), "critic_hidden": (4,)}
+
+
+@pytest.fixture(scope="module", params=[(tqc, True), (td3, False)], ids=["tqc", "td3"])
+def trained(request, tmp_path_factory):
+    """A saved policy, and what the agent itself does at the same observations, in the environment's units."""
+    algorithm, normalize = request.param
+    config = algorithm.Config(**SIZES, normalize_observations=normalize)
+    agent = algorithm.make_agent(config, Toy(), ToyParams())
+
+    @jax.jit
+    def init_and_act(key):
+        init_key, act_key = jax.random.split(key)
+        state = agent.init(init_key)
+        return state, agent.act(state, jnp.asarray(OBSERVATIONS), act_key)
+
+    state, action = init_and_act(jax.random.key(0))
+    low, high = np.float32([-2, 1]), np.float32([2, 4])
+    path = tmp_path_factory.mktemp("policy") / "policy.npz"
+    portable.save_policy(path, agent.export(state), low, high)
+    return path, low + (high - low) * (np.asarray(action, np.float64) + 1) / 2, state
+
+
+def test_saved_policy_acts_like_the_agent(trained):
+    path, expected, state = trained
+    policy = portable.load_policy(path)
+    np.testing.assert_allclose(policy(OBSERVATIONS), expected, rtol=0, atol=2e-6)  # 1e-6 in [-1, 1]
+    assert expected.std(0).min() > 0.01  # the policy does depend on what it sees
+    normalized = state.experience.normalizer is not None
+    assert ("observation_mean" in np.load(path).files) == normalized
+    # Any number of leading axes.
+    np.testing.assert_allclose(policy(OBSERVATIONS[3]), expected[3], atol=1e-5)
+    np.testing.assert_allclose(policy(OBSERVATIONS.reshape(4, 5, 3)), expected.reshape(4, 5, 2), atol=1e-5)
+
+
+def test_loads_where_numpy_is_all_there_is(trained, tmp_path):
+    path, expected, _ = trained
+    np.save(tmp_path / "observations.npy", OBSERVATIONS)
+    script = f"""
+import sys, importlib.util
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "gymnax", "chex"):
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Forbidden())
+import numpy as np
+from jaxrl_dist.portable import load_policy
+np.save("actions.npy", load_policy({str(path)!r})(np.load("observations.npy")))
+assert "jax" not in sys.modules
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=120)
+    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), expected, atol=1e-5)
+
+
+def test_hand_worked(tmp_path):
+    # One input, one hidden unit, one action and one further output that is cut: tanh(2 relu(3 x + 1) - 4).
+    layers = {
+        "kernel_0": jnp.array([[[3.0]]]), "bias_0": jnp.array([[1.0]]),
+        "kernel_1": jnp.array([[[2.0, 99.0]]]), "bias_1": jnp.array([[-4.0, 99.0]]),
+    }  # fmt: skip
+    statistics = normalization.RunningStatistics(jnp.float32(9), jnp.array([5.0]), jnp.array([4.0]))
+    arrays = portable.mlp_policy(layers, 1, statistics)
+    portable.save_policy(tmp_path / "p.npz", arrays, np.array([0.0]), np.array([10.0]))
+    policy = portable.load_policy(tmp_path / "p.npz")
+    normalised = np.array([[0.5], [-1.0], [10.0]])  # the last is 30 before clipping
+    expected = 5 * (np.tanh(2 * np.maximum(3 * normalised + 1, 0) - 4) + 1)
+    np.testing.assert_allclose(policy(np.array([[6.0], [3.0], [65.0]])), expected, atol=1e-5)

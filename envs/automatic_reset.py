@@ -29,7 +29,14 @@ def reset_where(
     Equal to a select between the two, key by key; it does not matter to an environment's draw who else ended.
     Not differentiable in reverse mode (a loop of unknown length).
     """
-    return _reset_where(reset, depth=0)(ended, key, params, observation, state)
+    # As plain numbers through the loop: the key-reuse checker refuses typed keys that a loop's body reads, and cannot
+    # know that an environment leaves `ended` with the one turn that uses its key.
+    implementation = jax.random.key_impl(key)
+
+    def reset_by_data(key_data: jax.Array, params: Any) -> tuple[Any, Any]:
+        return reset(jax.random.wrap_key_data(key_data, impl=implementation), params)
+
+    return _reset_where(reset_by_data, depth=0)(ended, jax.random.key_data(key), params, observation, state)
 
 
 def _reset_where(reset: Callable, depth: int) -> Callable:
@@ -67,6 +74,7 @@ def _reset_where(reset: Callable, depth: int) -> Callable:
             arguments,
             tuple(is_batched),
         )
-        return _reset_where(reset, depth + 1)(*arguments), (True, True)
+        results = _reset_where(reset, depth + 1)(*arguments)
+        return results, jax.tree.map(lambda _: True, results)
 
     return run

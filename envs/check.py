@@ -120,7 +120,10 @@ def _values(env: Any, params: Any, seed: int, warnings: list[str]) -> Iterator[s
         yield "a reward is not finite"
     if any(np.any(~(r[3] | r[4]) & ~_same(r[5]["final_observation"], r[0])) for r in short):
         yield "info['final_observation'] is not the successor on a step that ends no episode"
-    yield from _plain_calls(env, params, keys, sample, reset, step)
+    try:
+        yield from _plain_calls(env, params, keys, sample, reset, step)
+    except Exception as error:
+        yield f"reset or step fails when called plainly, though not under jit: {_one_line(error)}"
     if long is not None:
         yield from _time_limit(short, jax.tree.map(_to_numpy, long), warnings)
     yield from _next_episode(jax.tree.map(_to_numpy, first), short, warnings)

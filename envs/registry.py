@@ -115,7 +115,12 @@ def _brax(name: str, backend: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     from jaxrl_dist.envs import brax  # here, so that gymnax-only users never import brax and MuJoCo
 
     get = partial(brax.brax_envs.get_environment, name, **({"backend": default} if default else {}))
-    return lambda **chosen: brax.Brax(get(**chosen), f"brax/{name}"), _arguments(type(get()))
+    plain = get()  # loading a model takes a while: where no option changes it, this one is used
+
+    def construct(**chosen: Any) -> brax.Brax:
+        return brax.Brax(get(**chosen) if chosen else plain, f"brax/{name}")
+
+    return construct, _arguments(type(plain))
 
 
 def _read(name: str, value: Any, default: Any) -> Any:

@@ -161,9 +161,10 @@ class Programs:
         self.configs = jax.device_put(
             jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), num_runs), configs), self.sharding
         )
-        self.agent = make_agent(configs, env, env_params)
+        # The first run's agent, for sizes and names: with the floats of all runs its shapes would not fit.
+        self.agent = make_agent(jax.tree.map(lambda x: np.ravel(x)[0], configs), env, env_params)
         self.metric_names = metric_names(self.agent, jax.eval_shape(self.agent.init, jax.random.key(0)))
-        self.runs_mode = self._choose_mode() if runs_mode == "auto" else runs_mode
+        self.runs_mode = "vmap" if runs_mode == "auto" else runs_mode
         max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
         def agent_of(config):
@@ -193,16 +194,11 @@ class Programs:
         self._evaluate = program(_evaluate, 3)
         self._take_metrics = jax.jit(jax.vmap(take_metrics), donate_argnums=0, out_shardings=self.sharding)
 
-    def _choose_mode(self) -> RunsMode:
-        if jax.default_backend() != "cpu":
-            return "vmap"
-        return "map"
-
     @functools.cached_property
     def abstract_training(self) -> Training:
         """Shapes, dtypes and shardings of the training of all runs, without computing anything."""
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.num_runs))
-        shapes = jax.eval_shape(self._begin, self.configs, keys)
+        keys = self._keys(jax.random.split(jax.random.key(0), self.num_runs))
+        shapes = self._begin.eval_shape(self.configs, keys)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), shapes)
 
     def compile(self) -> None:

@@ -94,7 +94,7 @@ def test_runs_under_vmap_write_and_draw_their_own_rows():
 
 @pytest.mark.parametrize("runs", [0, 2])
 def test_work_and_memory_do_not_grow_with_the_capacity(runs):
-    # What training does: a loop that adds and samples, its buffer donated. A copy of the buffer would be temporary memory.
+    # What training does: a loop that adds and samples, its buffer donated. A copy would need temporary memory.
     def loop(buffer, key):
         def once(index, carry):
             buffer, total = carry

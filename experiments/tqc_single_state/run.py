@@ -1,7 +1,7 @@
 """Over-estimation on a single-state MDP: averaging, minimum and truncation side by side.
 
 Reproduces the bias and variance experiment of "Controlling Overestimation Bias with Truncated Mixture of Continuous
-Distributional Quantile Critics" (TQC, arXiv 2005.04269), section 5.1 and its appendix. One state, actions in [-1, 1],
+Distributional Quantile Critics" (TQC, arXiv 2005.04269), from its appendix. One state, actions in [-1, 1],
 reward f(a) + N(0, 0.25^2), discount 0.99. A critic sees one noisy reward for each of 50 actions, and bootstraps from
 the action that it likes best: every positive error is found by that maximisation and fed back. Three ways against it:
 
@@ -30,6 +30,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -188,7 +189,7 @@ def run_setting(method: str, setting: int, arguments: Arguments) -> pd.DataFrame
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds without the lowest and the highest 10 %, as in the paper; 95 % bootstrap interval for the bias."""
+    """Mean over seeds without the lowest and the highest 10 %, as in the paper, and a 95 % interval of the bias."""
     groups = results.groupby(["method", "setting", "g"], sort=False)
     summary = groups[list(MEASURES)].agg(trimmed_mean)
     interval = groups.bias.agg(partial(bootstrap_interval, statistic=trimmed_mean))
@@ -263,17 +264,21 @@ def label_points(axes: Axes, rows: pd.DataFrame) -> None:
     """Put each label at the nearest place round its point where it covers neither a point nor another label."""
     points = axes.transData.transform(rows[["bias", "variance"]].to_numpy())
     taken = [Bbox.from_extents(*(point - 4), *(point + 4)) for point in points]
-    places = [(radius, angle) for radius in (9, 14, 20, 27, 35, 44, 54, 65) for angle in range(45, 405, 30)]
-    for row, point in zip(rows.itertuples(), points, strict=True):
+    places = [(20, -25), (20, 155), (11, -90), (11, 90)]
+    places += [(radius, angle) for radius in (26, 34, 43, 53) for angle in (-90, 90, -60, 120, -120, 60, -25, 155)]
+    leader = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0}
+    for row in rows.itertuples():
         colour, _, letter, _ = LOOKS[row.method]
         for radius, angle in places:
             offset = radius * np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
             label = axes.annotate(
                 f"{letter}={row.setting}", (row.bias, row.variance), xytext=offset, textcoords="offset points",
                 ha="center", va="center", fontsize=8, color=colour, zorder=5,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0} if radius > 14 else None,
+                arrowprops=leader | {"color": colour} if radius > 20 else None,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
             )  # fmt: skip
-            box = Text.get_window_extent(label)
+            label.update_positions(axes.figure.canvas.get_renderer())
+            box = Text.get_window_extent(label)  # the words alone, without the leader
             inside = axes.bbox.contains(*box.min) and axes.bbox.x0 <= box.x1 <= axes.figure.bbox.x1
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)

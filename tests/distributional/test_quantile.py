@@ -160,7 +160,7 @@ def test_hand_worked_loss_of_one_network(branch):
 
 
 def test_hand_worked_tqc_target_and_loss(branch):
-    # Reference numbers of the specification: two critics, three quantiles, d = 1, gamma = .9, alpha = .2, log pi = -1.5.
+    # The specification's numbers: two critics, three quantiles, d = 1, gamma = .9, alpha = .2, log pi = -1.5.
     next_atoms = jnp.array([[[1.0, 5.0, 3.0], [4.0, 8.0, 6.0]]])
     target = 1 + 0.9 * (truncate(next_atoms, 1) + 0.2 * 1.5)
     np.testing.assert_allclose(target, [[2.17, 3.97, 4.87, 5.77]], rtol=1e-6)

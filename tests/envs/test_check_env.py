@@ -1,0 +1,76 @@
+import jax
+import pytest
+from jaxrl_dist.envs import EnvironmentCheckError, check_env, make
+from jaxrl_dist.envs.probe import probe_params
+from toy_environments import BROKEN, DeterministicLine, Line, WeakTime
+
+
+@pytest.mark.parametrize("environment", [Line, DeterministicLine])
+def test_correct_environments_pass_without_warning(environment):
+    assert check_env(environment()) == []
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_every_broken_rule_is_named(broken):
+    with pytest.raises(EnvironmentCheckError) as error:
+        check_env(broken())
+    assert broken.__doc__ in str(error.value)
+
+
+def test_weak_types_are_a_warning():
+    (warning,) = check_env(WeakTime())
+    assert "state" in warning
+    assert "compiles twice" in warning
+
+
+def test_missing_methods_are_named_together():
+    class Empty:
+        name = "Empty"
+        reset = None
+
+    with pytest.raises(EnvironmentCheckError) as error:
+        check_env(Empty())
+    for name in ("default_params", "step", "action_space", "observation_space"):
+        assert f"'{name}'" in str(error.value)
+    assert "'reset'" not in str(error.value)
+
+
+def test_several_findings_come_in_one_error():
+    class TwoFaults(Line):
+        def step(self, *arguments):
+            observation, state, _, terminated, truncated, info = super().step(*arguments)
+            return observation, state, jax.numpy.int32(0), terminated.astype(float), truncated, info
+
+    with pytest.raises(EnvironmentCheckError, match="reward is int32") as error:
+        check_env(TwoFaults())
+    assert "terminated is float32" in str(error.value)
+    assert isinstance(error.value, ValueError)
+
+
+def test_what_could_not_be_checked_is_said():
+    env, params = make("probe", case="constant")  # every episode is one step long
+    assert any("time limit not checked" in warning for warning in check_env(env, params))
+
+
+@pytest.mark.parametrize("case", ["discounting", "time_limit", "final_observation"])
+def test_probe_passes(case):
+    env, _ = make("probe")
+    assert [w for w in check_env(env, probe_params(case)) if "not checked" not in w] == []
+
+
+def test_probe_with_discrete_actions_passes():
+    env, params = make("probe", discrete_actions=3, case="time_limit")
+    assert check_env(env, params) == []
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_gymnax_environments_pass(env_id):
+    env, params = make(env_id)
+    assert all("compiles twice" in warning for warning in check_env(env, params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["brax/hopper", "brax/inverted_pendulum"])
+def test_brax_environments_pass_without_warning(env_id):
+    env, params = make(env_id)
+    assert check_env(env, params) == []

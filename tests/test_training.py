@@ -1,0 +1,348 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxrl_dist.algorithms.actor_critic import tqc
+from toys import Toy, ToyParams
+
+from jaxrl_dist import envs, experience, training
+from jaxrl_dist.agent import Agent, ConfigurationError, Positive, Real, configuration
+from jaxrl_dist.interaction import average
+
+# -- a learner that compiles in no time -------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    learning_rate: Positive = 0.01
+    break_at: Real = -1.0  # iteration whose loss is not finite
+
+
+class State(NamedTuple):
+    weights: jax.Array
+    iteration: jax.Array
+    experience: Any
+    key: jax.Array
+
+
+def make_learner(config, env, env_params) -> Agent:
+    """Predicts rewards linearly, and acts by the same weights: short, yet it does all that an algorithm does."""
+
+    def action(weights, observation):
+        return jnp.tanh(observation[:, :2] * weights[:2])
+
+    def init(key):
+        key, weights_key, warmup_key = jax.random.split(key, 3)
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=2, steps=8, capacity=32, normalize_observations=True
+        )
+        return State(jax.random.normal(weights_key, (3,)), jnp.int32(0), filled, key)
+
+    def step(state):
+        key, noise_key, step_key, sample_key = jax.random.split(state.key, 4)
+        chosen = action(state.weights, state.experience.interaction.observation)
+        chosen += 0.1 * jax.random.normal(noise_key, chosen.shape)
+        lived, _, metrics = experience.collect(env, env_params, state.experience, chosen, step_key)
+        batch = experience.sample(lived, sample_key, 4)
+
+        def loss(weights):
+            return ((batch.observation @ weights - batch.reward) ** 2).mean()
+
+        value, gradient = jax.value_and_grad(loss)(state.weights)
+        iteration = state.iteration + 1
+        value = jnp.where(iteration == config.break_at, jnp.inf, value)
+        metrics |= {"loss": average(value), "iteration": average(iteration)}
+        return State(state.weights - config.learning_rate * gradient, iteration, lived, key), metrics
+
+    return Agent(
+        init, step, lambda state, observation, key: action(state.weights, observation), None, None, None,
+        warmup_steps=8, steps_per_iteration=2, updates_per_iteration=1,
+    )  # fmt: skip
+
+
+ENV, PARAMS = Toy(), ToyParams(shortest=3, longest=9, max_steps_in_episode=6)
+RUNS, EPISODES, TOTAL_STEPS = 4, 3, 8 + 2 * 7
+MODES = ["map", "vmap"]
+SWEEP = Config(learning_rate=np.float32([0, 0.01, 0.01, 0.03]), break_at=np.float32([-1, 5, 2, -1]))
+
+
+def keys():
+    """Keys of training and of evaluation, new ones at every call since a test may use each only once."""
+    return jax.vmap(training.run_keys)(jax.random.split(jax.random.key(0), RUNS))
+
+
+def programs(mode, make_agent=make_learner):
+    return training.Programs(make_agent, SWEEP, ENV, PARAMS, num_runs=RUNS, runs_mode=mode, eval_episodes=EPISODES)
+
+
+def train_and_evaluate(chunks):
+    training_keys, evaluation_keys = keys()
+    state = chunks.advance(chunks.begin(training_keys), 5)
+    return state, chunks.evaluate(state, evaluation_keys)
+
+
+@pytest.fixture(scope="module")
+def train():
+    """The pure function, jitted; one compilation for all tests, so configurations come as arrays."""
+    return jax.jit(
+        training.make_train(
+            make_learner, Config(), ENV, PARAMS, total_steps=TOTAL_STEPS, evaluations=2, eval_episodes=EPISODES
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=MODES)
+def compiled(request):
+    """Programs compiled ahead of time, and the number of times that each function of the agent was traced."""
+    traces = Counter()
+
+    def counted(config, env, env_params):
+        agent = make_learner(config, env, env_params)
+
+        def count(name):
+            def function(*arguments):
+                traces[name] += 1
+                return getattr(agent, name)(*arguments)
+
+            return function
+
+        return agent._replace(**{name: count(name) for name in ("init", "step", "act")})
+
+    chunks = programs(request.param, make_agent=counted)
+    chunks.compile()
+    return chunks, traces
+
+
+def numbers(tree):
+    """The leaves as numpy arrays, keys as their data."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(tree)]
+
+
+def assert_same(one, other, exactly=True):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(numbers(one), numbers(other), strict=True):
+        if exactly:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def run_of(tree, run):
+    return jax.tree.map(lambda x: x[run], tree)
+
+
+# -- one run in pieces ------------------------------------------------------------------------------------------------
+
+
+def test_advance_counts_averages_and_reports_the_first_iteration_that_broke():
+    class Script(NamedTuple):
+        iteration: jax.Array
+
+    def step(state):
+        time = state.iteration + 1
+        return Script(time), {
+            "whole": average(time),
+            "every_third": average(10 * time, time % 3 == 0),
+            "broken": average(jnp.where((time == 4) | (time == 6), jnp.nan, 1.0)),
+            "never": average(time, time < 0),
+        }
+
+    agent = Agent(lambda key: Script(jnp.int32(0)), step, None, None, None, None, 5, 7, 1)
+    run = training.begin(agent, jax.random.key(0))
+    names = training.metric_names(agent, run.state)
+    assert names == ("broken", "every_third", "never", "whole")
+    assert run.broken_at.tolist() == [-1, -1, -1, -1]
+    advance = jax.jit(lambda run, iterations: training.advance(agent, run, iterations))
+
+    run, averages = training.take_metrics(advance(run, 3))
+    np.testing.assert_array_equal(averages, [1, 30, np.nan, 2])
+    assert run.broken_at.tolist() == [-1, -1, -1, -1]
+    run, averages = training.take_metrics(advance(run, 2))
+    np.testing.assert_array_equal(averages, [np.nan, np.nan, np.nan, 4.5])
+    assert run.broken_at.tolist() == [4, -1, -1, -1]
+    run, averages = training.take_metrics(advance(run, 4))
+    np.testing.assert_array_equal(averages, [np.nan, 75, np.nan, 7.5])
+    assert run.broken_at.tolist() == [4, -1, -1, -1]  # the first, not the latest
+    assert int(run.iteration) == int(run.state.iteration) == 9
+    unchanged = advance(run, 0)
+    assert_same(unchanged, run)
+
+
+def test_iterations_for_reaches_the_total_and_rejects_a_warm_up_without_training():
+    agent = Agent(None, None, None, None, None, None, 5, 7, 1)
+    assert [training.iterations_for(agent, total) for total in (6, 12, 13, 19, 20)] == [1, 1, 2, 2, 3]
+    with pytest.raises(ConfigurationError, match="--total-steps is 5; it must be above the 5 steps of the warm-up"):
+        training.iterations_for(agent, 5)
+
+
+# -- many runs --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_traced_after_compile_and_each_piece_once_by_it(compiled):
+    chunks, traces = compiled
+    # `step` is traced in `advance`, and for the names of the metrics once by itself and once in `begin`; `init` for
+    # those names and in `begin`.
+    expected = {"init": 2, "step": 3, "act": 1}
+    assert traces == expected
+    training_keys, evaluation_keys = keys()
+    state = chunks.begin(training_keys)
+    for iterations in (1, 3, 2):
+        state = chunks.advance(state, iterations)
+        state, _ = chunks.take_metrics(state)
+        chunks.evaluate(state, jax.vmap(jax.random.fold_in, (0, None))(evaluation_keys, iterations))
+    assert traces == expected
+
+
+def test_chunks_do_not_matter(compiled):
+    chunks, _ = compiled
+    whole = chunks.advance(chunks.begin(keys()[0]), 7)
+    parts = chunks.advance(chunks.advance(chunks.begin(keys()[0]), 3), 4)
+    assert_same(parts, whole)
+    np.testing.assert_array_equal(whole.iteration, [7] * RUNS)
+
+
+def test_evaluation_changes_nothing_and_is_reproducible(compiled):
+    chunks, _ = compiled
+    state = chunks.advance(chunks.begin(keys()[0]), 3)
+    first = chunks.evaluate(state, keys()[1])
+    second = chunks.evaluate(state, keys()[1])
+    assert_same(first, second)
+    assert first.episode_return.shape == (RUNS, EPISODES)
+    assert len(np.unique(first.episode_return)) > RUNS * EPISODES / 2  # episodes and runs differ
+    undisturbed = chunks.advance(chunks.begin(keys()[0]), 5)
+    assert_same(chunks.advance(state, 2), undisturbed)
+
+
+def test_two_seeds_differ_in_their_first_parameters_and_their_first_action(compiled):
+    chunks, _ = compiled
+    begun = chunks.begin(keys()[0])
+    for values in (begun.state.weights, begun.state.experience.replay.rows.action[:, 0]):
+        values = np.asarray(values)
+        assert all(np.abs(values[i] - values[j]).min() > 0 for i in range(RUNS) for j in range(i))
+
+
+def test_agrees_with_the_pure_function(compiled, train):
+    chunks, _ = compiled
+    training_keys, evaluation_keys = keys()
+    state, history = chunks.begin(training_keys), []
+    for iterations, total in ((4, 4), (3, 7)):
+        state, averages = chunks.take_metrics(chunks.advance(state, iterations))
+        each = jax.vmap(jax.random.fold_in, (0, None))(evaluation_keys, total)
+        history.append((averages, chunks.evaluate(state, each).episode_return))
+    for run, key in enumerate(jax.random.split(jax.random.key(0), RUNS)):
+        alone, alone_history = train(key, run_of(SWEEP, run))
+        assert_same(run_of(state.state, run), alone, exactly=chunks.runs_mode == "map")
+        assert alone_history["env_steps"].tolist() == [8 + 2 * 4, 8 + 2 * 7]
+        for point, (averages, returns) in enumerate(history):
+            expected = dict(zip(chunks.metric_names, np.asarray(averages[run]), strict=True))
+            assert set(alone_history) == set(expected) | {"env_steps", "evaluation_return"}
+            for name, value in expected.items():
+                np.testing.assert_allclose(alone_history[name][point], value, rtol=1e-4)
+            np.testing.assert_allclose(alone_history["evaluation_return"][point], returns[run], rtol=1e-4)
+
+
+def test_the_pure_function_vmaps_over_keys_and_over_floats(train):
+    states, history = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(1), RUNS), SWEEP)
+    assert history["evaluation_return"].shape == (RUNS, 2, EPISODES)
+    assert history["loss"].shape == (RUNS, 2)
+    for run, key in enumerate(jax.random.split(jax.random.key(1), RUNS)):
+        assert_same(run_of(states, run), train(key, run_of(SWEEP, run))[0], exactly=False)
+    # Over keys alone, with the configuration that it was made with.
+    shapes, _ = jax.eval_shape(jax.vmap(train), jax.random.split(jax.random.key(1), 2))
+    assert shapes.weights.shape == (2, 3)
+
+
+def test_every_run_has_its_own_floats_and_a_broken_one_is_found(compiled):
+    chunks, _ = compiled
+    begun = chunks.begin(keys()[0])
+    weights = np.asarray(begun.state.weights)
+    state = chunks.advance(chunks.advance(begun, 3), 4)
+    loss = chunks.metric_names.index("loss")
+    assert state.broken_at[:, loss].tolist() == [-1, 5, 2, -1]
+    assert np.delete(state.broken_at, loss, axis=1).max() == -1
+    moved = np.abs(np.asarray(state.state.weights) - weights).max(1)
+    assert moved[0] == 0 < moved[1:].min()  # run 0 has the learning rate 0
+
+
+def test_the_given_training_is_consumed(compiled):
+    chunks, _ = compiled
+    begun = chunks.begin(keys()[0])
+    chunks.advance(begun, 1)
+    assert begun.state.experience.replay.rows.reward.is_deleted()
+
+
+def test_abstract_training_describes_what_begin_returns(compiled):
+    chunks, _ = compiled
+    begun = chunks.begin(keys()[0])
+    abstract = chunks.abstract_training
+    assert jax.tree.structure(abstract) == jax.tree.structure(begun)
+    for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(begun), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        assert not leaf.aval.weak_type
+
+
+@pytest.mark.slow
+def test_two_devices_compute_what_one_does(compiled, tmp_path):
+    script = """
+import sys
+import numpy as np, jax
+import test_training as here
+assert len(jax.devices()) == 2
+path, mode = sys.argv[1:]
+chunks = here.programs(mode)
+state, episodes = here.train_and_evaluate(chunks)
+assert chunks.num_devices == len(state.state.weights.sharding.device_set) == 2
+np.savez(path, *here.numbers((state, episodes)))
+assert here.training.Programs(here.make_learner, here.Config(), here.ENV, here.PARAMS, num_runs=3).num_devices == 1
+"""
+    chunks, _ = compiled
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(__file__).parent)
+    }  # fmt: skip
+    path, exact = tmp_path / "two_devices.npz", chunks.runs_mode == "map"
+    command = [sys.executable, "-c", script, str(path), chunks.runs_mode]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    assert chunks.num_devices == 1
+    with np.load(path) as file:
+        for one, name in zip(numbers(train_and_evaluate(chunks)), file.files, strict=True):
+            np.testing.assert_allclose(file[name], one, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)
+
+
+# -- a real algorithm -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tqc_runs_in_map_mode_are_those_of_the_run_alone():
+    config = tqc.Config(
+        warmup_steps=8, batch_size=4, replay_capacity=64, actor_hidden=(16, 16), critic_hidden=(16, 16), num_critics=2,
+        num_quantiles=5, quantiles_dropped=1,
+    )  # fmt: skip
+    env, env_params = envs.make("Pendulum-v1")
+    sweep = dataclasses.replace(config, critic_learning_rate=np.array([1e-3, 1e-2, np.inf]), discount=np.full(3, 0.9))
+
+    def of(config, mode, num_runs):
+        return training.Programs(tqc.make_agent, config, env, env_params, num_runs=num_runs, runs_mode=mode)
+
+    together = {}
+    for mode in MODES:
+        chunks = of(sweep, mode, 3)
+        together[mode] = chunks.advance(chunks.begin(keys()[0][:3]), 20)
+        broken = dict(zip(chunks.metric_names, np.asarray(together[mode].broken_at).T.tolist(), strict=True))
+        # The infinite step spoils the critics after the first loss was measured and before the actor sees them.
+        assert broken["actor_loss"] == [-1, -1, 1]
+        assert broken["critic_loss"] == [-1, -1, 2]
+    one = of(dataclasses.replace(config, discount=0.9), "map", 1)
+    for run, rate in enumerate([1e-3, 1e-2]):
+        one.configs = dataclasses.replace(one.configs, critic_learning_rate=jnp.array([rate], jnp.float32))
+        alone = run_of(one.advance(one.begin(keys()[0][run : run + 1]), 20), 0)
+        assert_same(run_of(together["map"], run), alone)
+        assert_same(run_of(together["vmap"], run), alone, exactly=False)

@@ -61,8 +61,9 @@ def _reset_where(reset: Callable, depth: int) -> Callable:
 
     @custom_vmap
     def run(ended: jax.Array, key: jax.Array, params: Any, observation: Any, state: Any) -> tuple[Any, Any]:
-        if depth == 0:
-            return jax.lax.cond(ended, lambda: reset(key, params), lambda: (observation, state))
+        if depth == 0:  # one environment alone: gymnax's way
+            fresh = reset(key, params)
+            return jax.tree.map(lambda new, old: jnp.where(ended, new, old), fresh, (observation, state))
         carry = (ended, observation, state)
         carry = jax.lax.while_loop(lambda c: jnp.any(c[0]), lambda c: turn_of_all(c[0], key, params, *c[1:]), carry)
         return carry[1:]

@@ -83,6 +83,24 @@ def test_parameters_may_differ_by_lane():
         np.testing.assert_array_equal(got[0][i], expected)
 
 
+def test_runs_sharded_over_devices():
+    """`shard_map` types every array by the mesh axes it varies over, and refuses loops whose carry changes type."""
+    mesh = jax.make_mesh((1,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    over_runs = jax.sharding.PartitionSpec("runs")
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda ended, keys, *rest: nested(ended, keys, 2.0, *rest),
+            mesh=mesh,
+            in_specs=over_runs,
+            out_specs=over_runs,
+        )
+    )
+    ended = np.random.default_rng(0).random((3, 5)) < 0.5
+    keys, observation, state = lanes((3, 5))
+    expected = reference(ended, keys, 2.0, observation, state)
+    assert_same(sharded(ended, keys, observation, state), expected)
+
+
 def test_nothing_is_computed_where_nobody_ended():
     computed = []
 

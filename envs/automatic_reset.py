@@ -1,9 +1,12 @@
 """Start the next episode only in the environments that ended one, for environments whose reset is expensive.
 
-gymnax computes a reset at every step of every environment and selects. That is exact and costs nothing for CartPole,
-but in brax's hopper it takes longer than the step's own physics on CPU (see `brax.py` for the measurement). A per-lane
-`cond` does not help, since under `vmap` it computes both branches. So the batch decides: a loop runs while any
-environment of the batch still has to be reset, usually not at all, and resets a few per turn.
+gymnax computes a reset at every step of every environment and selects. That is exact and cheap for CartPole, but for
+brax's hopper it adds half of the step's own cost on CPU (numbers in `brax.py`). A `cond` per environment does not help:
+under `vmap` it computes both branches. So the batch decides: a loop runs while any environment of the batch still has
+to be reset, usually not at all, and resets a few per turn.
+
+Under `shard_map` each device loops by itself. Under `jit` with a sharded batch axis, asking "any?" is one all-reduce
+of a bool per step; no state moves between devices.
 """
 
 from collections.abc import Callable
@@ -64,7 +67,7 @@ def _reset_where(reset: Callable, depth: int) -> Callable:
         if depth == 0:  # one environment alone: gymnax's way
             fresh = reset(key, params)
             return jax.tree.map(lambda new, old: jnp.where(ended, new, old), fresh, (observation, state))
-        carry = (ended, observation, state)
+        carry = _varying_alike(ended, key, (ended, observation, state))
         carry = jax.lax.while_loop(lambda c: jnp.any(c[0]), lambda c: turn_of_all(c[0], key, params, *c[1:]), carry)
         return carry[1:]
 
@@ -79,3 +82,15 @@ def _reset_where(reset: Callable, depth: int) -> Callable:
         return results, jax.tree.map(lambda _: True, results)
 
     return run
+
+
+def _varying_alike(ended: jax.Array, key: jax.Array, tree: Any) -> Any:
+    """`tree` unchanged, but under `shard_map` typed to vary over every mesh axis that `ended` or `key` varies over.
+
+    A step count that starts at the constant 0 does not vary over devices, but does once it is reset here and not
+    there; a loop refuses a carry whose type changes. The select below has the type and costs nothing once compiled.
+    """
+    never = ended & (key[..., 0] != key[..., 0])
+    return jax.tree.map(
+        lambda leaf: jnp.where(never.reshape(never.shape + (1,) * (leaf.ndim - never.ndim)), leaf, leaf), tree
+    )

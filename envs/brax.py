@@ -8,6 +8,16 @@ Time limits are gymnax's way: `truncated` is `time >= max_steps_in_episode`, `te
 both happen on one step both are set, and a target that multiplies by `1 - terminated` lets the termination win.
 
 brax takes actions in [-1, 1] for every environment and scales them to the actuators itself.
+
+Resets are computed only where an episode ended (`automatic_reset.py`). Cost of the automatic reset beside the bare
+physics step, hopper/spring, random actions, CPU time on one busy core (medians of 15 and 8 interleaved rounds):
+
+| environments | bare        | gymnax's reset at every step | ours         | ended per step |
+|--------------|-------------|------------------------------|--------------|----------------|
+| 16           | 227 us/step | 366 us (+61 %)               | 286 us (+26 %) | 0.16         |
+| 256          | 2155 us     | 2987 us (+39 %)              | 2304 us (+7 %) | 2.3          |
+
+Random actions fall over after about a hundred steps; longer episodes cost less.
 """
 
 import contextlib

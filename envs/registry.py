@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,10 +20,12 @@ UNAVAILABLE = {
     "brax/swimmer": "its only physics backend, 'generalized', calls jax.numpy.clip(a_min=...), which jax 0.10 removed",
 }
 
-# brax's environments and the backend we choose. 'spring' is the fastest on CPU wherever it exists (inverted_pendulum
-# at 16 environments: spring 167k steps/s, positional 53k, generalized 35k, mjx 28k) and, unlike 'generalized', stayed
-# finite under random actions. Returns of different backends are not comparable. The names stand here so that listing
-# them does not import brax and MuJoCo.
+# brax's environments and the backend we choose: 'spring', the fastest on CPU of those measured (steps/s at 16
+# environments on a busy two-core machine, read as ratios: inverted_pendulum spring 167k, positional 53k, generalized
+# 35k, mjx 28k; inverted_double_pendulum 78k, generalized 13k, mjx 40k; reacher 69k, generalized 8k, mjx 35k).
+# 'generalized' inverted_pendulum became non-finite under random actions when left running past its end. pusher is
+# slow (2k). Returns of different backends are not comparable. The names stand here so that listing them does not
+# import brax and MuJoCo.
 BRAX_BACKENDS = ("spring", "positional", "generalized", "mjx")
 BRAX_DEFAULT_BACKEND = {
     "ant": "spring",
@@ -93,7 +94,7 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
 def _nearest(env_id: str, known: list[str]) -> str:
     by_lower = {i.lower(): i for i in known}
     # "pendulum" shall find "Pendulum-v1", "hopper" shall find "brax/hopper": the bare names are compared as well.
-    by_lower |= {re.split(r"/", i.lower())[-1].split("-")[0]: i for i in reversed(known)}
+    by_lower |= {i.lower().rpartition("/")[2].split("-")[0]: i for i in reversed(known)}
     near = difflib.get_close_matches(str(env_id).lower(), by_lower, n=4, cutoff=0.5)
     names = list(dict.fromkeys(by_lower[i] for i in near))
     return f"nearest: {', '.join(names)}" if names else "jaxrl_dist.envs.available() lists what is allowed"

@@ -76,17 +76,19 @@ def _cost_and_slope(predicted, target, fractions, kappa):
     Cost and derivative share every intermediate, so computing both here avoids materialising the
     `[batch, members, quantiles, targets]` array that automatic differentiation would keep.
     """
-    kappa = jnp.maximum(kappa, jnp.finfo(predicted.dtype).tiny)
+    kappa = jnp.maximum(kappa, 1e-12)
 
     def pair(theta, y, tau):
+        """Cost and slope of pairs, both times kappa: a division here would be a kernel of its own for every pair."""
         u = y - theta
-        slope = jnp.where(u < 0, 1 - tau, tau) * jnp.clip(u / kappa, -1, 1)
-        return slope * u - 0.5 * kappa * slope * jnp.clip(u / kappa, -1, 1), slope
+        clipped = jnp.clip(u, -kappa, kappa)
+        slope = jnp.where(u < 0, 1 - tau, tau) * clipped
+        return slope * (u - 0.5 * clipped), slope
 
     def dense(predicted, target, fractions):
         y = target.reshape(target.shape[0], *(1,) * (predicted.ndim - 1), target.shape[1])
         cost, slope = pair(predicted[..., None], y, fractions[..., None])
-        return cost.mean(-1), -slope.mean(-1)
+        return cost.mean(-1) / kappa, -slope.mean(-1) / kappa
 
     def blocked(predicted, target, fractions):
         # On CPU: one target atom at a time, vectorised over all predictions, measured 30 times faster than `dense`.
@@ -96,7 +98,8 @@ def _cost_and_slope(predicted, target, fractions, kappa):
 
         zeros = jnp.zeros_like(predicted)
         (cost, slope), _ = jax.lax.scan(accumulate, (zeros, zeros), target.T, unroll=min(5, target.shape[1]))
-        return cost / target.shape[1], -slope / target.shape[1]
+        scale = 1 / (kappa * target.shape[1])
+        return cost * scale, -slope * scale
 
     return jax.lax.platform_dependent(predicted, target, fractions, cpu=blocked, default=dense)
 

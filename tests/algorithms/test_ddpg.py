@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxrl_dist.algorithms.actor_critic import ddpg
 
 from jaxrl_dist import networks
 from jaxrl_dist.agent import check_configuration
-from jaxrl_dist.algorithms.actor_critic import ddpg
 
 
 def paper_config(**values) -> ddpg.Config:
@@ -21,8 +21,9 @@ def paper_config(**values) -> ddpg.Config:
 
 
 @pytest.mark.parametrize(
-    ("terminated", "truncated", "expected"), [(False, False, 2.98), (True, False, 1), (False, True, 2.98), (True, True, 1)]
-)  # fmt: skip
+    ("terminated", "truncated", "expected"),
+    [(False, False, 2.98), (True, False, 1), (False, True, 2.98), (True, True, 1)],
+)
 def test_target_by_hand(terminated, truncated, expected):
     batch = by_hand.transition(reward=[1.0], terminated=[terminated], truncated=[truncated])
     assert ddpg.target_value(ddpg.Config(), batch, jnp.array([2.0]))[0] == pytest.approx(expected)
@@ -99,7 +100,7 @@ def test_full_reversion_is_independent_gaussian_noise():
 
 
 def test_noise_starts_anew_with_each_episode_and_the_replay_holds_what_was_done():
-    agent, config = by_hand.agent_on(
+    agent, _ = by_hand.agent_on(
         ddpg, by_hand.Drift(), **(by_hand.TINY | {"actor_learning_rate": 0.0, "replay_capacity": 104}),
         num_envs=8, exploration_noise=0.2, noise_reversion=0.15,
     )  # fmt: skip
@@ -134,7 +135,7 @@ def test_paper_networks():
     parameters = critic.init(jax.random.clone(critic_key), observation, action)
     rest = by_hand.network(parameters)
     actor_layers = by_hand.network(actor.init(actor_key, observation))
-    assert {name: value.shape[1:] for name, value in (first | {}).items()} == {"kernel_0": (3, 400), "bias_0": (400,)}
+    assert {name: value.shape[1:] for name, value in first.items()} == {"kernel_0": (3, 400), "bias_0": (400,)}
     shapes = {"kernel_0": (402, 300), "bias_0": (300,), "kernel_1": (300, 1), "bias_1": (1,)}
     assert {name: value.shape[1:] for name, value in rest.items()} == shapes
     bounds = [(first["kernel_0"], 3**-0.5), (rest["kernel_0"], 402**-0.5), (rest["kernel_1"], 3e-3)]

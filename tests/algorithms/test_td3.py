@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxrl_dist.algorithms.actor_critic import ddpg, td3
 
 from jaxrl_dist import envs
 from jaxrl_dist.agent import check_configuration
-from jaxrl_dist.algorithms.actor_critic import ddpg, td3
 
 
 def example_target(values=(3.0, 2.4), **flags):
@@ -233,6 +233,7 @@ def test_reduces_to_ddpg_bit_for_bit():
     other = other._replace(learner=other.learner._replace(critic=critic, target_critic=critic))
     assert jax.tree.structure(optimizer[0].mu) == jax.tree.structure(critic)
 
+    # `quick` fuses no product with a sum, whose rounding would depend on what else stands in the program.
     step, other_step = by_hand.quick(single.step), by_hand.quick(twin.step)
     for _ in range(30):
         (state, metrics), (other, other_metrics) = step(state), other_step(other)

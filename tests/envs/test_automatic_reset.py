@@ -89,7 +89,13 @@ def test_runs_sharded_over_devices():
     over_runs = jax.sharding.PartitionSpec("runs")
     sharded = jax.jit(
         jax.shard_map(
-            lambda ended, keys, *rest: nested(ended, keys, 2.0, *rest),
+            lambda ended, keys, observation, state: nested(
+                ended,
+                keys,
+                2.0,
+                observation,
+                state | {"time": jnp.ones((3, 5), jnp.int32)},  # the same on every device, as a step count begins
+            ),
             mesh=mesh,
             in_specs=over_runs,
             out_specs=over_runs,
@@ -97,6 +103,7 @@ def test_runs_sharded_over_devices():
     )
     ended = np.random.default_rng(0).random((3, 5)) < 0.5
     keys, observation, state = lanes((3, 5))
+    state["time"] = jnp.ones((3, 5), jnp.int32)
     expected = reference(ended, keys, 2.0, observation, state)
     assert_same(sharded(ended, keys, observation, state), expected)
 

@@ -141,6 +141,9 @@ class _Session:
         """A fresh start, or the state of a checkpoint with the records cut back to it."""
         iteration = self._iteration_to_resume() if self.options.resume else None
         if iteration is None:
+            if self.options.resume:  # a run killed before its first checkpoint may have left records
+                recorder.truncate_after(-1)
+                self.checkpoints.remove_after(-1)
             recorder.write_config(self._description())
             return self.programs.begin(self.training_keys), 0
         saved = recording.read_config(self.folder)
@@ -148,7 +151,9 @@ class _Session:
         like = {"training": self.programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
         loaded = self.checkpoints.load(iteration, like)
         self.training_seconds = float(loaded["seconds"])
+        # What lies beyond the checkpoint will be done again.
         recorder.truncate_after(self.env_steps(iteration))
+        self.checkpoints.remove_after(iteration)
         self.console.print(f"resumed at iteration {iteration} ({self.env_steps(iteration):,} env steps)")
         return loaded["training"], iteration
 

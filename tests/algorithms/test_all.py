@@ -456,9 +456,9 @@ def test_every_number_has_a_range(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("tqc", 10_000), ("sac", 10_000), ("td3", 12_000), ("ddpg", 10_000)])
+@pytest.mark.parametrize(("name", "steps"), [("tqc", 10_000), ("sac", 10_000), ("td3", 15_000), ("ddpg", 10_000)])
 def test_learns_pendulum(name, steps):
-    """The median of three seeds: a policy of this age still falls back for a while now and then (optimum about -130)."""
+    """The median of three seeds: a policy of this age still falls back now and then (optimum about -130)."""
     env, params = envs.make("Pendulum-v1")
     algorithm = ALGORITHMS[name]
     config = dataclasses.replace(algorithm.Config(), **algorithm.PRESETS["Pendulum-v1"], replay_capacity=steps)
@@ -467,5 +467,4 @@ def test_learns_pendulum(name, steps):
     )
     _, history = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
     returns_by_seed = np.asarray(history["evaluation_return"]).mean((1, 2))
-    print(name, returns_by_seed)
     assert np.median(returns_by_seed) > -200, returns_by_seed

@@ -11,6 +11,7 @@ from typing import Any
 import gymnax
 import numpy as np
 from gymnax.registration import registered_envs
+
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
 

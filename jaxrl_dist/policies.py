@@ -20,8 +20,9 @@ def squashed_gaussian(
     Returns:
         action `[..., actions]` and log-density `[...]`, differentiable in mean and log_std (reparameterised).
     """
-    pre_tanh = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
-    return scale * jnp.tanh(pre_tanh), squashed_gaussian_log_density(pre_tanh, mean, log_std, scale)
+    noise = jax.random.normal(key, mean.shape, mean.dtype)
+    pre_tanh = mean + jnp.exp(log_std) * noise
+    return scale * jnp.tanh(pre_tanh), _log_density(noise, pre_tanh, log_std, scale)
 
 
 def squashed_gaussian_log_density(
@@ -33,8 +34,12 @@ def squashed_gaussian_log_density(
     1 - tanh(x)^2 underflows. Take `pre_tanh` from the sample: inverting the action would lose it again.
     """
     chex.assert_equal_shape([pre_tanh, mean, log_std])
-    normalised = (pre_tanh - mean) * jnp.exp(-log_std)
-    gaussian = -0.5 * normalised**2 - log_std - 0.5 * math.log(2 * math.pi)
+    return _log_density((pre_tanh - mean) * jnp.exp(-log_std), pre_tanh, log_std, scale)
+
+
+def _log_density(noise, pre_tanh, log_std, scale):
+    # A sample knows its noise exactly; recovered from the difference to the mean, a tiny deviation would lose it.
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
     log_slope = 2 * (math.log(2) - pre_tanh - jax.nn.softplus(-2 * pre_tanh)) + jnp.log(scale)
     return (gaussian - log_slope).sum(-1)
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxrl_dist.algorithms.actor_critic import td3, tqc
 from toys import Toy, ToyParams
 
 from jaxrl_dist import normalization, portable
+from jaxrl_dist.algorithms.actor_critic import td3, tqc
 
 ROOT = Path(portable.__file__).parents[1]
 OBSERVATIONS = np.random.default_rng(0).normal(0, 3, (20, 3)).astype(np.float32)

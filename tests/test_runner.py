@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from jaxrl_dist.algorithms.actor_critic import tqc
 
 from jaxrl_dist import cli, experience, problem, recording, reporting, runner
 from jaxrl_dist.agent import ConfigurationError
+from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.checkpointing import Checkpoints, DamagedCheckpoint
 
 CONFIG = tqc.Config(

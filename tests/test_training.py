@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxrl_dist.algorithms.actor_critic import tqc
 from toys import Toy, ToyParams
 
 from jaxrl_dist import envs, experience, training
 from jaxrl_dist.agent import Agent, ConfigurationError, Positive, Real, configuration
+from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.interaction import average
 
 # -- a learner that compiles in no time -------------------------------------------------------------------------------

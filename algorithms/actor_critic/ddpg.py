@@ -90,9 +90,9 @@ class Config:
 # Pendulum's sizes are ours, for a CPU.
 PRESETS = {
     "paper": {
-        "batch_size": 64, "actor_hidden": (400, 300), "critic_hidden": (400, 300), "paper_networks": True,
+        "warmup_steps": 64, "batch_size": 64, "actor_hidden": (400, 300), "critic_hidden": (400, 300),
         "actor_learning_rate": 1e-4, "critic_learning_rate": 1e-3, "critic_weight_decay": 1e-2, "polyak": 0.001,
-        "exploration_noise": 0.2, "noise_reversion": 0.15,
+        "exploration_noise": 0.2, "noise_reversion": 0.15, "paper_networks": True,
     },
     "Pendulum-v1": {
         "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),

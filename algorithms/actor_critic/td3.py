@@ -284,7 +284,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return jnp.clip(action + config.exploration_noise * jax.random.normal(key, action.shape), -1, 1)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return act(state, observation, key), jnp.zeros(observation.shape[0])
+        action = act(state, observation, key)
+        return smoothed_action(config, action, jax.random.normal(key, action.shape)), jnp.zeros(observation.shape[0])
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
         observation = normalize(state.experience.normalizer, observation)

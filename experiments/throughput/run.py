@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import pandas as pd
 import tyro
-from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
 
 from jaxrl_dist import cli, envs, recording, training
+from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
 
 HERE = Path(__file__).parent
 WIDE = (512, 512, 512)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
-from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 
 from jaxrl_dist import envs, normalization, portable, returns, training
 from jaxrl_dist.agent import check_configuration
+from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
+from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 
 ALGORITHMS = {"tqc": tqc, "sac": sac, "td3": td3, "ddpg": ddpg}
 SOFT = ("tqc", "sac")

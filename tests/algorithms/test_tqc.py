@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxrl_dist.algorithms.actor_critic import tqc
 
 from jaxrl_dist.agent import check_configuration
+from jaxrl_dist.algorithms.actor_critic import tqc
 
 NEXT_ATOMS = jnp.array([[[1.0, 5, 3], [4, 8, 6]]])
 ATOMS = jnp.array([[[0.0, 2, 4], [1, 3, 5]]])

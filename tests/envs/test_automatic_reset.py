@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxrl_dist.envs.automatic_reset import LANES_PER_TURN, reset_where
 
 

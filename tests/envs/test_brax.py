@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxrl_dist.envs import make
 
 LANES, LIMIT, STEPS = 4, 3, 7

@@ -1,8 +1,9 @@
 import jax
 import pytest
+from toy_environments import BROKEN, DeterministicLine, Line, WeakTime
+
 from jaxrl_dist.envs import EnvironmentCheckError, check_env, make
 from jaxrl_dist.envs.probe import probe_params
-from toy_environments import BROKEN, DeterministicLine, Line, WeakTime
 
 
 @pytest.mark.parametrize("environment", [Line, DeterministicLine])

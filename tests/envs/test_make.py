@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from gymnax.environments import spaces
 from gymnax.registration import registered_envs
-from jaxrl_dist.envs import available, make, rescale_actions
 from toy_environments import Line, WideLine
+
+from jaxrl_dist.envs import available, make, rescale_actions
 
 
 def test_available_lists_every_family():

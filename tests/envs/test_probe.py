@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxrl_dist.envs import make
 from jaxrl_dist.envs.probe import CASES, Probe, probe_params
 

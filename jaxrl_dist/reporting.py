@@ -45,7 +45,7 @@ def draw_return_distribution(agent, problem: Problem, state, key, folder: Path, 
     # Until less than 1 % of the discounted weight is left.
     horizon = min(2000, math.ceil(math.log(0.01) / math.log(config.discount))) if 0 < config.discount < 1 else 2000
     endless = env_params.replace(max_steps_in_episode=2**30)
-    spread = min(200, int(env_params.max_steps_in_episode))
+    spread = max(6, int(env_params.max_steps_in_episode) // 4)
     compare = jax.jit(
         lambda state, key: evaluation.return_distributions(
             agent, problem.env, endless, state, key,

@@ -22,6 +22,7 @@ Random actions fall over after about a hundred steps; longer episodes cost less.
 
 import contextlib
 import io
+import types
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,10 @@ def _without_warp_lines():
 
 with _without_warp_lines():
     from brax import envs as brax_envs
+    from brax import fluid
+
+# The swimmer's fluid model spells a bound of `clip` as `a_min`, which jax 0.10 removed (brax is no longer maintained).
+fluid.jp = types.SimpleNamespace(**(vars(jnp) | {"clip": lambda x, a_min: jnp.maximum(x, a_min)}))
 
 
 @struct.dataclass

@@ -34,7 +34,7 @@ def create(row: chex.ArrayTree, capacity: int, rows_per_write: int = 1) -> Repla
 
 
 def add(replay: Replay, batch: chex.ArrayTree) -> Replay:
-    """Write `rows_per_write` rows (leaves `[rows_per_write, ...]`) over the oldest ones."""
+    """Write `rows_per_write` rows (leaves `[rows_per_write, ...]`, as many at every write) over the oldest ones."""
     count = jax.tree.leaves(batch)[0].shape[0]
     capacity = jax.tree.leaves(replay.rows)[0].shape[0]
     if capacity % count:

@@ -128,9 +128,14 @@ def truncate_pooled(atoms: jax.Array, dropped_per_critic: int) -> jax.Array:
 
 
 def sort_atoms(atoms: jax.Array) -> jax.Array:
-    """Sort each row ascending, `[batch, atoms]` -> `[batch, atoms]`; a NaN spoils its whole row (on CPU) or its end."""
+    """Sort each row ascending, `[batch, atoms]` -> `[batch, atoms]`; a NaN spoils its row, so that none is dropped."""
     chex.assert_rank(atoms, 2)
-    return jax.lax.platform_dependent(atoms, cpu=_sorting_network, default=lambda x: jnp.sort(x, axis=-1))
+
+    def plain(rows):
+        spoiled = jnp.isnan(rows).any(-1, keepdims=True)
+        return jnp.where(spoiled, jnp.nan, jnp.sort(rows, axis=-1))
+
+    return jax.lax.platform_dependent(atoms, cpu=_sorting_network, default=plain)
 
 
 def _sorting_network(rows: jax.Array) -> jax.Array:

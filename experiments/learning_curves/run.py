@@ -25,19 +25,26 @@ HERE = Path(__file__).parent
 
 # Pendulum takes each algorithm's own preset. Hopper's widths, learning rates and update-to-data ratio (1/4) are what
 # 2 cores reach, the same for both algorithms; TQC's number of critics, quantiles and dropped atoms are the paper's.
+# The double pendulum takes the same networks with half the environments, so a ratio of 1/2.
 HOPPER = {
     "num_envs": 8, "updates_per_iteration": 2, "warmup_steps": 4_000, "critic_hidden": (128, 128),
     "actor_hidden": (128, 128), "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
     "temperature_learning_rate": 1e-3,
 }  # fmt: skip
+DOUBLE_PENDULUM = HOPPER | {"num_envs": 4, "warmup_steps": 2_000, "batch_size": 128}
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": {"tqc": {}, "sac": {}, "td3": {}, "ddpg": {}}},
     "brax/hopper": {"total_steps": 100_000, "algorithms": {"sac": HOPPER, "tqc": HOPPER}},
+    "brax/inverted_double_pendulum": {
+        "total_steps": 30_000,
+        "algorithms": {"sac": DOUBLE_PENDULUM, "tqc": DOUBLE_PENDULUM},
+    },
 }
 
 
 def main(
-    environment: Literal["Pendulum-v1", "brax/hopper"], algorithms: tuple[str, ...] = (), num_seeds: int = 6,
+    environment: Literal["Pendulum-v1", "brax/hopper", "brax/inverted_double_pendulum"],
+    algorithms: tuple[str, ...] = (), num_seeds: int = 6,
     eval_episodes: int = 20, out: Path = HERE,
 ) -> None:  # fmt: skip
     """Train all pairs of one environment and write the tables and the figure.

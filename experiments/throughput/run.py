@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import pandas as pd
 import tyro
 
-from jaxrl_dist import cli, envs, recording, training
+from jaxrl_dist import cli, recording, training
 from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
 
 HERE = Path(__file__).parent
@@ -78,6 +78,8 @@ def main(repetitions: int = 7, seconds: float = 1.0, out: Path = HERE, only: str
         only: measure only the cases whose name contains this, and print instead of writing.
     """
     cli.spread_over_cores()
+    from jaxrl_dist import envs  # after the line above: importing gymnax starts JAX
+
     started = time.perf_counter()
     env, env_params = envs.make("Pendulum-v1")
     cases = [case for case in CASES if only in case.name]

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# XLA's CPU backend runs a few separate products faster than one batched product (1.5 times for two critics of width
-# 256, measured in experiments/throughput); its compile time grows with the number of members, hence a bound.
+# XLA's CPU backend runs a few separate products somewhat faster than one batched product (7.3 against 7.8 ms for SAC's
+# update, 23.6 against 24.5 for TQC's at width 256, measured in turn); compile time grows with them, hence a bound.
 UNROLLED_MEMBERS_ON_CPU = 10
 
 

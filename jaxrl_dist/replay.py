@@ -52,5 +52,9 @@ def sample(replay: Replay, key: jax.Array, batch_size: int) -> chex.ArrayTree:
 
     With replacement, because drawing without would sort or permute the whole buffer at every update.
     """
-    indices = jax.random.randint(key, (batch_size,), 0, replay.size)
-    return jax.tree.map(lambda buffer: buffer[indices], replay.rows)
+    half = -(-batch_size // 2)
+    indices = jax.random.randint(key, (2, half), 0, replay.size)
+    # In two halves, one after the other: XLA fuses the write before it into a single gather, then needs the buffer as
+    # it was before the write as well and copies it at every step. It does not fuse across a loop.
+    halves = jax.lax.map(lambda some: jax.tree.map(lambda buffer: buffer[some], replay.rows), indices)
+    return jax.tree.map(lambda x: x.reshape(2 * half, *x.shape[2:])[:batch_size], halves)

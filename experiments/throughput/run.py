@@ -68,13 +68,16 @@ CASES = (
 )
 
 
-def main(repetitions: int = 7, seconds: float = 1.0, out: Path = HERE, only: str = "") -> None:
+def main(
+    repetitions: int = 7, seconds: float = 1.0, out: Path = HERE, only: str = "", replay_only: bool = False
+) -> None:
     """Measure and write the tables.
 
     Args:
         repetitions: measurements of each quantity, of which the median is taken.
         seconds: length of one measurement.
         out: folder to write to.
+        replay_only: measure only the replay's capacities.
         only: measure only the cases whose name contains this, and print instead of writing.
     """
     cli.spread_over_cores()
@@ -82,6 +85,9 @@ def main(repetitions: int = 7, seconds: float = 1.0, out: Path = HERE, only: str
 
     started = time.perf_counter()
     env, env_params = envs.make("Pendulum-v1")
+    if replay_only:
+        write_capacities(env, env_params, repetitions, seconds, out)
+        return
     cases = [case for case in CASES if only in case.name]
     rows = [row for case in cases for row in measure_case(case, env, env_params, repetitions, seconds)]
     table = pd.DataFrame(rows)
@@ -90,9 +96,7 @@ def main(repetitions: int = 7, seconds: float = 1.0, out: Path = HERE, only: str
         return
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "results.csv", index=False)
-    capacities = pd.DataFrame(measure_capacities(env, env_params, repetitions, seconds))
-    print(capacities.to_string(index=False))
-    capacities.to_csv(out / "replay_capacity.csv", index=False)
+    write_capacities(env, env_params, repetitions, seconds, out)
     about = {
         "command": recording.command_line(), "seconds": round(time.perf_counter() - started),
         "date": time.strftime("%Y-%m-%d"), "cores": len(jax.devices()), "versions": recording.versions(),
@@ -132,6 +136,13 @@ def measure_case(case: Case, env, env_params, repetitions: int, seconds: float) 
         )  # fmt: skip
         print(rows[-1], flush=True)
     return rows
+
+
+def write_capacities(env, env_params, repetitions: int, seconds: float, out: Path) -> None:
+    """Measure and write `replay_capacity.csv`."""
+    capacities = pd.DataFrame(measure_capacities(env, env_params, repetitions, seconds))
+    print(capacities.to_string(index=False))
+    capacities.to_csv(out / "replay_capacity.csv", index=False)
 
 
 def measure_capacities(env, env_params, repetitions: int, seconds: float) -> list[dict]:

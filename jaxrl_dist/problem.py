@@ -23,7 +23,7 @@ class RunOptions:
     total_steps: Count = 20_000
     """environment steps of every seed, warm-up included"""
     seed: Natural = 0
-    """first seed; run i has seed + i, and is the same run whatever the other seeds are"""
+    """first seed; run i has seed + i and draws the same random numbers whatever the other seeds are"""
     num_seeds: Count = 4
     """runs with different seeds, trained together in one program"""
 

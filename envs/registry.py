@@ -12,6 +12,7 @@ import gymnax
 import numpy as np
 from gymnax.registration import registered_envs
 
+from jaxrl_dist.envs.bridge import Bridge, check_params
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
 
@@ -49,6 +50,7 @@ def available() -> dict[str, list[str]]:
         "gymnax": list(registered_envs),
         "brax": [f"brax/{name}" for name in BRAX_DEFAULT_BACKEND],
         "probe": ["probe"],
+        "bridge": ["bridge"],
     }
     return {family: [i for i in ids if i not in UNAVAILABLE] for family, ids in families.items()}
 
@@ -71,6 +73,8 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         construct, arguments = Probe, _arguments(Probe)
         if "case" in options:
             options = options | {"case": probe_params(options["case"]).case}
+    elif env_id == "bridge":
+        construct, arguments = Bridge, _arguments(Bridge)
     elif env_id.startswith("brax/"):
         construct, arguments = _brax(env_id.removeprefix("brax/"), options.get("backend"))
     else:
@@ -89,6 +93,8 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     params = params.replace(**{k: _read(k, v, fields[k]) for k, v in options.items() if k in fields})
     if np.any(np.asarray(getattr(params, "max_steps_in_episode", 1)) < 1):
         raise ValueError(f"max_steps_in_episode is {params.max_steps_in_episode}, allowed: 1 and above")
+    if env_id == "bridge":
+        check_params(params)
     return rescale_actions(env, params), params
 
 

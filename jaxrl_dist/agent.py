@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_dist.distributional.law import Law
+
 
 class ConfigurationError(ValueError):
     """A setting that cannot work; the message names the argument, its value and what is allowed."""
@@ -29,9 +31,9 @@ class Agent(NamedTuple):
     target_policy: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     """`target_policy(state, observation, key) -> (action, bonus)`: the policy whose return the critic learns, and what
     that return adds to each reward after the first (the entropy bonus of soft agents, else 0), `[batch]`."""
-    predict: Callable[[Any, jax.Array, jax.Array], jax.Array]
-    """`predict(state, observation, action) -> atoms`: the learned return distribution as equally weighted atoms
-    `[batch, atoms]`; agents that learn a mean return one atom per critic."""
+    predict: Callable[[Any, jax.Array, jax.Array], Law]
+    """`predict(state, observation, action) -> law`: the learned return distribution as weighted atoms `[batch, atoms]`;
+    agents that learn a mean return one atom per critic."""
     export: Callable[[Any], dict[str, jax.Array]]
     """`export(state) -> arrays`: the evaluation policy for `portable.save_policy`."""
     warmup_steps: int
@@ -67,6 +69,8 @@ NonNegative = Annotated[float, Range(0, math.inf)]
 Fraction = Annotated[float, Range(0, 1)]
 Count = Annotated[int, Range(1, math.inf)]
 Natural = Annotated[int, Range(0, math.inf)]
+Layers = Annotated[tuple[int, ...], Range(1, math.inf)]
+"""Widths of one or more hidden layers; a plain `tuple[int, ...]` may be empty."""
 
 
 def configuration(cls):
@@ -90,7 +94,7 @@ def check_configuration(config) -> None:
         if hint == tuple[int, ...]:
             ranges, numbers = [Range(1, math.inf)], value
         elif ranges:
-            numbers = np.ravel(np.asarray(value))
+            numbers = (0,) if value == () else np.ravel(np.asarray(value))
         else:
             continue
         for number in numbers:
@@ -128,6 +132,21 @@ def continuous_action_size(env, env_params) -> int:
         "this algorithm needs vectors",
     )
     return action_space.shape[0]
+
+
+def discrete_action_count(env, env_params) -> int:
+    """Number of actions of an environment with a finite choice of them and array observations."""
+    action_space, observation_space = env.action_space(env_params), env.observation_space(env_params)
+    require(
+        hasattr(action_space, "n"),
+        f"--env-id is {env.name}, whose actions are continuous; this algorithm needs a finite choice of actions",
+    )
+    require(
+        1 <= len(observation_space.shape) <= 3,
+        f"--env-id is {env.name}, whose observations have shape {observation_space.shape}; "
+        "this algorithm needs vectors, matrices or images [height, width, channels]",
+    )
+    return int(action_space.n)
 
 
 def check_replay(config) -> None:

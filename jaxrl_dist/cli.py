@@ -27,7 +27,8 @@ INTERRUPTED = 130
 def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[str, Any]], arguments=None) -> None:
     """Entry point of an algorithm file: parse options, train; exits with 1 (broke), 2 (bad input) or 130 (Ctrl-C).
 
-    The environment's preset, if there is one, becomes the defaults; options given on the command line override it.
+    The environment's preset, if there is one, becomes the defaults; options given on the command line override it. A
+    preset may also set options of the run, such as total_steps. The first preset is that of the default environment.
     """
     spread_over_cores()
     from jaxrl_dist import problem, runner
@@ -35,7 +36,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
-    default_env = problem.RunOptions.env_id
+    default_env = next(iter(presets))
     env_id = _peek(arguments, "--env-id", default_env)
     with _clear_errors(console):
         preset_name = _peek(arguments, "--preset", problem.RunOptions.preset)
@@ -44,7 +45,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             raise ValueError(f"--preset is {preset_name!r}; it must be auto, none or one of {', '.join(presets)}")
         preset = presets.get(preset_name, {})
         options, config = _parse(
-            problem.RunOptions, config_type, preset, arguments, prog=f"{algorithm}.py",
+            problem.RunOptions, config_type, {"env_id": default_env, **preset}, arguments, prog=f"{algorithm}.py",
             description=_description(make_agent, preset_name if preset else ""),
         )  # fmt: skip
         if preset:
@@ -64,10 +65,15 @@ def spread_over_cores() -> None:
 def _parse(options_type, config_type, preset, arguments, *, prog: str, description: str):
     """Options of the run and of the algorithm in two groups of one flat command line."""
 
+    from jaxrl_dist.problem import split_preset
+
+    of_the_run, of_the_algorithm = split_preset(preset)
+    run, algorithm = options_type(**of_the_run), config_type(**of_the_algorithm)
+
     @dataclasses.dataclass(frozen=True)
     class Arguments:
-        run: options_type = dataclasses.field(default_factory=options_type)
-        algorithm: config_type = dataclasses.field(default_factory=lambda: config_type(**preset))
+        run: options_type = dataclasses.field(default_factory=lambda: run)
+        algorithm: config_type = dataclasses.field(default_factory=lambda: algorithm)
 
     parsed = tyro.cli(
         Arguments, args=arguments, prog=prog, description=description,
@@ -159,10 +165,17 @@ def command(arguments: Sequence[str] | None = None) -> None:
     evaluate.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     evaluate.add_argument("--episodes", type=int, default=100, help="episodes per seed (default: 100)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the evaluation (default: 0)")
-    plot = commands.add_parser("plot", help="compare the learning curves of runs")
+    plot = commands.add_parser("plot", help="compare the learning curves of runs, or draw learned distributions of one")
     plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
     plot.add_argument("--metric", default="evaluation_return", help="column of metrics.csv to draw")
-    plot.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture to write")
+    plot.add_argument("--out", type=Path, help="picture to write (default: comparison.png or distribution.png)")
+    plot.add_argument(
+        "--distribution", action="store_true",
+        help="of one run: learned return distributions against Monte-Carlo returns of the same policy",
+    )  # fmt: skip
+    plot.add_argument("--states", type=int, default=6, help="with --distribution: number of states (default: 6)")
+    plot.add_argument("--run-seed", type=int, help="with --distribution: which seed of the run (default: its first)")
+    plot.add_argument("--seed", type=int, default=0, help="with --distribution: seed of states and rollouts")
     commands.add_parser("doctor", help="versions, devices, and whether what was asked for is what is used")
 
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
@@ -179,7 +192,10 @@ def command(arguments: Sequence[str] | None = None) -> None:
         elif parsed.command == "evaluate":
             _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
         elif parsed.command == "plot":
-            _plot(parsed.runs, parsed.metric, parsed.out, console)
+            if parsed.distribution:
+                _plot_distribution(parsed, console)
+            else:
+                _plot(parsed.runs, parsed.metric, parsed.out or Path("comparison.png"), console)
         elif parsed.command == "doctor":
             from jaxrl_dist import doctor
 
@@ -222,4 +238,18 @@ def _plot(folders: Sequence[Path], metric: str, out: Path, console: Console) -> 
         frames[label] = recording.read_metrics(folder)
     environments = sorted({recording.read_config(folder)["options"]["env_id"] for folder in folders})
     plotting.learning_curve(frames, out, title=", ".join(environments), metric=metric)
+    console.print(f"wrote {out}")
+
+
+def _plot_distribution(parsed: argparse.Namespace, console: Console) -> None:
+    spread_over_cores()
+    from jaxrl_dist import reporting
+    from jaxrl_dist.agent import require
+
+    require(len(parsed.runs) == 1, f"RUN is {len(parsed.runs)} folders; --distribution draws one")
+    out = parsed.out or Path("distribution.png")
+    reporting.plot_distribution(
+        parsed.runs[0], find_algorithm, out, console,
+        run_seed=parsed.run_seed, states=parsed.states, seed=parsed.seed,
+    )  # fmt: skip
     console.print(f"wrote {out}")

@@ -1,13 +1,20 @@
 """What a trained agent is worth: episode returns, and its learned return distributions against Monte-Carlo ones."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_dist import interaction
 from jaxrl_dist.agent import Agent
-from jaxrl_dist.returns import discounted_sum
+from jaxrl_dist.distributional import law
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.distributional.metrics import wasserstein_1
+
+# Monte-Carlo returns are followed until less than this part of the discounted weight is left ...
+NEGLIGIBLE_WEIGHT = 0.01
+# ... or for so many steps, where the discount is (nearly) 1.
+LONGEST_ROLLOUT = 2000
 
 
 class Episodes(NamedTuple):
@@ -18,13 +25,45 @@ class Episodes(NamedTuple):
 
 
 class ReturnDistributions(NamedTuple):
-    """Discounted returns from the same states and first actions: learned atoms and Monte-Carlo samples.
+    """Discounted returns from the same states and first actions: learned laws and Monte-Carlo samples.
 
     predicted: `[states, atoms]`; monte_carlo: `[states, rollouts]`.
     """
 
-    predicted: jax.Array
+    predicted: Law
     monte_carlo: jax.Array
+
+
+class Calibration(NamedTuple):
+    """How far learned return distributions are from Monte-Carlo ones, means over states, in units of return: scalars.
+
+    calibration_w1: Wasserstein-1 distance; some of it is the sampling error of the rollouts. overestimation: learned
+    less observed mean.
+    """
+
+    calibration_w1: jax.Array
+    overestimation: jax.Array
+
+
+def calibration(found: ReturnDistributions) -> Calibration:
+    """The two numbers of a comparison."""
+    distance = wasserstein_1(found.predicted, found.monte_carlo)
+    return Calibration(distance.mean(), (law.mean(found.predicted) - found.monte_carlo.mean(-1)).mean())
+
+
+def without_time_limit(env_params) -> Any | None:
+    """The environment's parameters with its time limit lifted, or None where it has none that can be.
+
+    A critic that bootstraps at time limits predicts the return of the task without one.
+    """
+    return env_params.replace(max_steps_in_episode=2**30) if hasattr(env_params, "max_steps_in_episode") else None
+
+
+def horizon(discount: float | jax.Array) -> jax.Array:
+    """Steps after which less than `NEGLIGIBLE_WEIGHT` of the discounted weight is left, at most `LONGEST_ROLLOUT`."""
+    discount = jnp.clip(jnp.asarray(discount, jnp.float32), 1e-6, 1 - 1e-6)
+    steps = jnp.ceil(jnp.log(NEGLIGIBLE_WEIGHT) / jnp.log(discount))
+    return jnp.minimum(steps, LONGEST_ROLLOUT).astype(jnp.int32)
 
 
 def episode_limit(env_params, fallback: int = 0) -> int:
@@ -76,17 +115,17 @@ def return_distributions(
     discount: float | jax.Array,
     states: int,
     rollouts: int,
-    horizon: int,
+    horizon: int | jax.Array,
     spread: int,
 ) -> ReturnDistributions:
-    """Learned return atoms against Monte-Carlo returns of the same policy from the same states and first actions.
+    """Learned return laws against Monte-Carlo returns of the same policy from the same states and first actions.
 
     The states are reached by following the target policy for 0 to `spread` steps from fresh starts. Each one is
     cloned `rollouts` times; the clones take the same first action and then follow the target policy, whose return
     the critic learns. A soft critic's return holds the entropy bonus of every step but the first, and so does the
     Monte-Carlo one. Give `env_params` whose time limit lies beyond spread + horizon, since a critic that bootstraps
     at time limits predicts the return of the task without one. What follows after `horizon` is missing: choose it so
-    that discount^horizon is negligible.
+    that discount^horizon is negligible (`horizon`).
     """
     start_key, spread_key, action_key, rollout_key = jax.random.split(key, 4)
 
@@ -111,17 +150,19 @@ def return_distributions(
     clones = jax.tree.map(lambda x: jnp.repeat(x, rollouts, axis=0), batch)
     first_key, rest_key = jax.random.split(rollout_key)
     clones, first, _ = interaction.step(env, env_params, clones, jnp.repeat(first_action, rollouts, axis=0), first_key)
-    alive = ~first.terminated
 
-    def rollout(carry, time):
-        clones, alive = carry
+    def keep_going(carry):
+        time, _, alive, _, _ = carry
+        return (time < horizon) & alive.any()
+
+    def rollout(carry):
+        time, clones, alive, weight, total = carry
         clones, (transition, bonus) = follow(clones, jax.random.fold_in(rest_key, time))
-        reward = jnp.where(alive, transition.reward + bonus, 0)
-        return (clones, alive & ~transition.terminated), reward
+        total += weight * jnp.where(alive, transition.reward + bonus, 0)
+        return time + 1, clones, alive & ~transition.terminated, weight * discount, total
 
-    _, rewards = jax.lax.scan(rollout, (clones, alive), jnp.arange(horizon))
-    discounts = jnp.full(rewards.shape, discount)
-    monte_carlo = first.reward + discount * discounted_sum(rewards, discounts, jnp.zeros(states * rollouts))
+    carry = jnp.int32(0), clones, ~first.terminated, jnp.asarray(discount, jnp.float32), first.reward
+    monte_carlo = jax.lax.while_loop(keep_going, rollout, carry)[-1]
     return ReturnDistributions(predicted, monte_carlo.reshape(states, rollouts))
 
 

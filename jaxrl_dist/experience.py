@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_dist import interaction, normalization, replay
+from jaxrl_dist import interaction, normalization, replay, returns
 from jaxrl_dist.interaction import Average, Interaction, Transition
 from jaxrl_dist.normalization import RunningStatistics
 from jaxrl_dist.replay import Replay
@@ -17,6 +17,19 @@ class Experience(NamedTuple):
     replay: Replay
     interaction: Interaction
     normalizer: RunningStatistics | None
+
+
+class Batch(NamedTuple):
+    """Transitions over one or more steps, `[batch, ...]`: target = reward + discount * value(next_observation).
+
+    reward: the discounted sum over the steps taken; discount: gamma^steps, or 0 where the last one terminated.
+    """
+
+    observation: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    discount: jax.Array
+    next_observation: jax.Array
 
 
 def warm_up(
@@ -54,6 +67,37 @@ def collect(
 def sample(experience: Experience, key: jax.Array, batch_size: int) -> Transition:
     """A batch of stored transitions, both observations normalised by the present statistics."""
     batch = replay.sample(experience.replay, key, batch_size)
+    return batch._replace(
+        observation=normalization.normalize(experience.normalizer, batch.observation),
+        next_observation=normalization.normalize(experience.normalizer, batch.next_observation),
+    )
+
+
+def sample_n_step(
+    experience: Experience, key: jax.Array, batch_size: int, *, num_steps: int, gamma: float | jax.Array
+) -> Batch:
+    """`batch_at` for `batch_size` starts drawn uniformly with replacement among all stored steps."""
+    indices = replay.sample_indices(experience.replay, key, batch_size)
+    return batch_at(experience, indices, num_steps=num_steps, gamma=gamma)
+
+
+def batch_at(experience: Experience, indices: jax.Array, *, num_steps: int, gamma: float | jax.Array) -> Batch:
+    """The transitions over `num_steps` steps that start in the slots `[batch]`; observations normalised as in `sample`.
+
+    A window is shorter where its episode ends, by termination or truncation, or where the newest stored step is
+    reached; the bootstrap always goes from the true successor of its last step, with gamma to the steps it has.
+    """
+    rows, num_envs = experience.replay.rows, experience.interaction.episode_return.shape[0]
+
+    def read(start: jax.Array) -> Batch:
+        slots, available = replay.window_indices(experience.replay, start, num_steps, num_envs)
+        window = returns.n_step(rows.reward[slots], rows.terminated[slots], rows.truncated[slots], available, gamma)
+        last = jnp.take_along_axis(slots, window.steps[None] - 1, axis=0)[0]
+        return Batch(
+            rows.observation[start], rows.action[start], window.reward, window.discount, rows.next_observation[last]
+        )
+
+    batch = replay.in_halves(read, indices)
     return batch._replace(
         observation=normalization.normalize(experience.normalizer, batch.observation),
         next_observation=normalization.normalize(experience.normalizer, batch.next_observation),

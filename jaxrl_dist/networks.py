@@ -1,4 +1,7 @@
-"""Multilayer perceptrons, single and in ensembles, with the initialisation that the papers' official codes use."""
+"""Torsos and heads: perceptrons single and in ensembles, MinAtar's convolution, duelling, noisy and cosine layers.
+
+Weights start as the papers' official codes have them.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -68,6 +71,143 @@ class EnsembleMLP(nn.Module):
         return hidden.swapaxes(0, 1)
 
 
+# -- value networks: a torso, then a head with a distribution for every action -----------------------------------------
+
+
+class Torso(nn.Module):
+    """Features of an observation, `[batch, *observation]` -> `[batch, hidden[-1]]`, a relu after every layer.
+
+    Images `[height, width, channels]` pass MinAtar's convolution first (Young & Tian 2019: 16 filters of 3 x 3, stride
+    1, no padding); everything is then flattened.
+    """
+
+    hidden: Sequence[int]
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        features = observation.astype(jnp.float32)
+        if features.ndim == 4:
+            features = nn.relu(Convolution(16, name="convolution")(features))
+        features = features.reshape(features.shape[0], -1)
+        return nn.relu(MLP(self.hidden, name="mlp")(features)) if self.hidden else features
+
+
+class Convolution(nn.Module):
+    """Square filters, stride 1, no padding: `[batch, height, width, inputs]` -> `[batch, h', w', features]`.
+
+    Written as shifted views and one matrix product: under `vmap` over runs a convolution becomes a grouped one, for
+    which XLA's CPU backend has no fast code.
+    """
+
+    features: int
+    size: int = 3
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        height, width = (extent - self.size + 1 for extent in image.shape[1:3])
+        fan_in = self.size**2 * image.shape[-1]
+        kernel = self.param("kernel", _uniform(fan_in**-0.5), (self.size, self.size, image.shape[-1], self.features))
+        bias = self.param("bias", _uniform(fan_in**-0.5), (self.features,))
+        offsets = [(i, j) for i in range(self.size) for j in range(self.size)]
+        patches = jnp.concatenate([image[:, i : i + height, j : j + width] for i, j in offsets], axis=-1)
+        return patches @ kernel.reshape(fan_in, self.features) + bias
+
+
+class ActionHead(nn.Module):
+    """Features to `outputs` numbers for every action, through one hidden layer: `[batch, actions, outputs]`.
+
+    `dueling` gives the value and the advantages a hidden layer each (Wang et al. 2016).
+    """
+
+    hidden: int
+    num_actions: int
+    outputs: int
+    dueling: bool = False
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        advantage = MLP((self.hidden, self.num_actions * self.outputs), name="advantage")(features)
+        advantage = advantage.reshape(-1, self.num_actions, self.outputs)
+        if not self.dueling:
+            return advantage
+        return duel(MLP((self.hidden, self.outputs), name="value")(features), advantage)
+
+
+def duel(value: jax.Array, advantage: jax.Array) -> jax.Array:
+    """V + A - mean over *actions* of A, `[batch, outputs]`, `[batch, actions, outputs]` (Wang et al. 2016, eq. 9)."""
+    return value[:, None] + advantage - advantage.mean(1, keepdims=True)
+
+
+def at_action(outputs: jax.Array, action: jax.Array) -> jax.Array:
+    """What belongs to one action per row, `[batch, actions, ...]`, `[batch]` -> `[batch, ...]`."""
+    return jnp.take_along_axis(outputs, action.reshape(-1, *(1,) * (outputs.ndim - 1)), axis=1)[:, 0]
+
+
+class CosineEmbedding(nn.Module):
+    """Features of fractions, relu(dense(cos(pi i tau), i = 1 .. cosines)): `[batch, m]` -> `[batch, m, features]`.
+
+    IQN, eq. 4, with the indices of the official codes (the paper's equation starts at 0, a constant feature).
+    """
+
+    features: int
+    cosines: int = 64
+
+    @nn.compact
+    def __call__(self, fractions: jax.Array) -> jax.Array:
+        waves = jnp.cos(jnp.pi * jnp.arange(1, self.cosines + 1) * fractions[..., None])
+        embedded = MLP((self.features,), name="dense")(waves.reshape(-1, self.cosines))
+        return nn.relu(embedded).reshape(*fractions.shape, self.features)
+
+
+class ImplicitQuantileHead(nn.Module):
+    """Quantiles of every action at given fractions, `[batch, features]`, `[batch, m]` -> `[batch, actions, m]`.
+
+    The embedded fraction is multiplied into the features before one hidden layer (IQN, section 3).
+    """
+
+    hidden: int
+    num_actions: int
+    cosines: int = 64
+
+    @nn.compact
+    def __call__(self, features: jax.Array, fractions: jax.Array) -> jax.Array:
+        embedded = CosineEmbedding(features.shape[-1], self.cosines, name="embedding")(fractions)
+        merged = (features[:, None] * embedded).reshape(-1, features.shape[-1])
+        quantiles = MLP((self.hidden, self.num_actions), name="advantage")(merged)
+        return quantiles.reshape(*fractions.shape, self.num_actions).swapaxes(1, 2)
+
+
+class NoisyDense(nn.Module):
+    """A dense layer whose weights are drawn at every call, `[batch, inputs]` -> `[batch, features]`.
+
+    Factorised Gaussian noise (Fortunato et al. 2018, eq. 10-11), the same for the whole batch. The noise comes from the
+    flax stream "noise", in which every layer has a key of its own; `noisy=False` uses the mean weights.
+    """
+
+    features: int
+    initial_noise: float = 0.5
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, noisy: bool) -> jax.Array:
+        fan_in = inputs.shape[-1]
+        mean, deviation = _uniform(fan_in**-0.5), nn.initializers.constant(self.initial_noise * fan_in**-0.5)
+        kernel = self.param("kernel", mean, (fan_in, self.features))
+        bias = self.param("bias", mean, (self.features,))
+        kernel_noise = self.param("kernel_noise", deviation, (fan_in, self.features))
+        bias_noise = self.param("bias_noise", deviation, (self.features,))
+        if not noisy:
+            return inputs @ kernel + bias
+        input_key, output_key = jax.random.split(self.make_rng("noise"))
+        of_inputs = _signed_root(jax.random.normal(input_key, (fan_in,)))
+        of_outputs = _signed_root(jax.random.normal(output_key, (self.features,)))
+        # (sigma * outer(e_in, e_out)) applied to x is ((x e_in) sigma) e_out: no noisy kernel is ever built.
+        return inputs @ kernel + ((inputs * of_inputs) @ kernel_noise + bias_noise) * of_outputs + bias
+
+
+def _signed_root(x: jax.Array) -> jax.Array:
+    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+
 def _uniform(bound: float):
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -75,3 +215,8 @@ def _uniform(bound: float):
 def polyak(target, online, rate: float | jax.Array):
     """target + rate * (online - target) on every leaf: rate 1 copies, rate 0 leaves the target unchanged."""
     return jax.tree.map(lambda t, o: (1 - rate) * t + rate * o, target, online)
+
+
+def periodic_copy(target, online, updates: jax.Array, period: int):
+    """The target parameters after `updates` updates: a copy of the online ones whenever `period` divides `updates`."""
+    return jax.tree.map(lambda t, o: jnp.where(updates % period == 0, o, t), target, online)

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
 
+from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.metrics import wasserstein_1
 from jaxrl_dist.statistics import bootstrap_interval, interquartile_mean
 
@@ -71,38 +72,42 @@ def learning_curve(
 
 
 def return_distribution(
-    path: Path | None = None, *, predicted: np.ndarray, monte_carlo: np.ndarray, title: str
+    path: Path | None = None, *, predicted: Law, monte_carlo: np.ndarray, title: str
 ) -> Figure:
     """Learned distribution function of the return against that of Monte-Carlo returns, one panel per state.
 
-    predicted: `[states, atoms]` equally weighted atoms in any order; monte_carlo: `[states, episodes]` returns of
-    episodes that started there, under the policy and the discount of the prediction. Each panel says the Wasserstein-1
-    distance, which is the area shaded, and the difference of the means (learned less observed). path: as for
-    `learning_curve`. Raises ValueError on unequal states, on other than two axes and on values that are not finite.
+    predicted: a law, `[states, atoms]` in any order; monte_carlo: `[states, episodes]` returns of episodes that started
+    there, under the policy and the discount of the prediction. Each panel says the Wasserstein-1 distance, which is the
+    area shaded, and the difference of the means (learned less observed). path: as for `learning_curve`. Raises
+    ValueError on unequal states, on other than two axes and on values that are not finite.
     """
-    predicted, monte_carlo = np.asarray(predicted, np.float64), np.asarray(monte_carlo, np.float64)
-    for name, values in (("predicted", predicted), ("monte_carlo", monte_carlo)):
+    predicted = Law(*(np.asarray(part, np.float64) for part in predicted))
+    monte_carlo = np.asarray(monte_carlo, np.float64)
+    for name, values in (("predicted", predicted.atoms), ("masses", predicted.masses), ("monte_carlo", monte_carlo)):
         if values.ndim != 2 or values.size == 0:
             raise ValueError(f"{name} has shape {values.shape}, but must be [states, samples] and not empty")
         if not np.isfinite(values).all():
             raise ValueError(f"{name} holds {np.sum(~np.isfinite(values))} values that are not finite")
-    if len(predicted) != len(monte_carlo):
-        raise ValueError(f"predicted has {len(predicted)} states, but monte_carlo has {len(monte_carlo)}")
+    states = len(predicted.atoms)
+    if states != len(monte_carlo):
+        raise ValueError(f"predicted has {states} states, but monte_carlo has {len(monte_carlo)}")
 
-    states = len(predicted)
     columns = min(states, 4 if states != 6 else 3)
     rows = math.ceil(states / columns)
     learned_colour, observed_colour = COLOURS[1], COLOURS[0]
     figure = _figure(width=max(2.8 * columns, 6.7), height=2.5 * rows + 1.1)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for axes, learned, observed, number in zip(panels, predicted, monte_carlo, range(states), strict=False):
+    for axes, atoms, masses, observed, number in zip(panels, *predicted, monte_carlo, range(states), strict=False):
         _style(axes)
-        low, high = min(learned.min(), observed.min()), max(learned.max(), observed.max())
+        # Atoms without mass would only widen the axis.
+        learned = Law(atoms[masses > 1e-3 / len(masses)], masses[masses > 1e-3 / len(masses)])
+        low, high = min(learned.atoms.min(), observed.min()), max(learned.atoms.max(), observed.max())
         margin = 0.06 * (high - low) or 1.0
-        grid = np.unique(np.concatenate([learned, observed, [low - margin, high + margin]]))
-        learned_cdf, observed_cdf = (
-            np.searchsorted(np.sort(samples), grid, side="right") / len(samples) for samples in (learned, observed)
-        )
+        grid = np.unique(np.concatenate([learned.atoms, observed, [low - margin, high + margin]]))
+        order = np.argsort(learned.atoms)
+        cumulated = np.concatenate([[0], np.cumsum(learned.masses[order])])
+        learned_cdf = cumulated[np.searchsorted(learned.atoms[order], grid, side="right")]
+        observed_cdf = np.searchsorted(np.sort(observed), grid, side="right") / len(observed)
         between = axes.fill_between(grid, learned_cdf, observed_cdf, step="post", color=INK, alpha=0.12, linewidth=0)
         (blue,) = axes.step(grid, observed_cdf, where="post", color=observed_colour, linewidth=1.8)
         (red,) = axes.step(grid, learned_cdf, where="post", color=learned_colour, linewidth=1.8)
@@ -111,7 +116,8 @@ def return_distribution(
         axes.set_yticks([0, 0.5, 1])
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(f"state {number + 1}", loc="left", fontsize=10, color=INK)
-        numbers = f"W₁ {_short(wasserstein_1(learned, observed))}   Δmean {_short(learned.mean() - observed.mean())}"
+        distance = wasserstein_1(Law(atoms, masses), observed)
+        numbers = f"W₁ {_short(distance)}   Δmean {_short((atoms * masses).sum() - observed.mean())}"
         axes.set_title(numbers, loc="right", fontsize=8.5, color=FAINT)
     for axes in panels[states:]:
         axes.set_axis_off()

@@ -47,3 +47,19 @@ def _log_density(noise, pre_tanh, log_std, scale):
 def squashed_mode(mean: jax.Array, scale: float | jax.Array = 1.0) -> jax.Array:
     """The action scale * tanh(mean) that evaluation runs, `[..., actions]`."""
     return scale * jnp.tanh(mean)
+
+
+def epsilon_greedy(key: jax.Array, values: jax.Array, epsilon: float | jax.Array) -> jax.Array:
+    """The action of largest value, or any one with probability epsilon: `[..., actions]` -> `[...]`.
+
+    Of equal values the first is taken. The uniform draw includes the best action, which is so taken with probability 1 - epsilon + epsilon / actions.
+    """
+    explore_key, action_key = jax.random.split(key)
+    shape = values.shape[:-1]
+    anything = jax.random.randint(action_key, shape, 0, values.shape[-1])
+    return jnp.where(jax.random.uniform(explore_key, shape) < epsilon, anything, values.argmax(-1).astype(jnp.int32))
+
+
+def linear_schedule(start: float | jax.Array, end: float | jax.Array, steps: int, now: jax.Array) -> jax.Array:
+    """From `start` at step 0 in a straight line to `end` at step `steps`, and `end` from there on."""
+    return start + (end - start) * jnp.clip(now / steps, 0, 1)

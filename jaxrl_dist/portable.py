@@ -1,4 +1,8 @@
-"""Trained policies as small `.npz` files that load with numpy alone (this module imports nothing else at run time)."""
+"""Trained policies as small `.npz` files that load with numpy alone (this module imports nothing else at run time).
+
+Two kinds of policies: for continuous actions the tanh of a perceptron, for a choice of actions the largest value of a
+network with a torso, a head, and a return distribution for every action.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,38 +16,130 @@ def mlp_policy(layers: Mapping[str, Any], action_size: int, normalizer=None) -> 
 
     `normalizer` is a `normalization.RunningStatistics` or None.
     """
-    depth = len(layers) // 2
-    arrays = {f"kernel_{i}": layers[f"kernel_{i}"][0] for i in range(depth)}
-    arrays |= {f"bias_{i}": layers[f"bias_{i}"][0] for i in range(depth)}
-    arrays[f"kernel_{depth - 1}"] = arrays[f"kernel_{depth - 1}"][:, :action_size]
-    arrays[f"bias_{depth - 1}"] = arrays[f"bias_{depth - 1}"][:action_size]
+    arrays = _layers("", layers)
+    last = len(layers) // 2 - 1
+    arrays[f"kernel_{last}"] = arrays[f"kernel_{last}"][:, :action_size]
+    arrays[f"bias_{last}"] = arrays[f"bias_{last}"][:action_size]
     if normalizer is not None:
         arrays |= {"observation_mean": normalizer.mean, "observation_variance": normalizer.variance}
     return arrays
 
 
-def save_policy(path: Path, arrays: Mapping[str, Any], action_low: np.ndarray, action_high: np.ndarray) -> None:
-    """Write the arrays of `Agent.export` and the environment's own action bounds."""
+def greedy_policy(parameters: Mapping[str, Any], num_actions: int, **extra: Any) -> dict[str, Any]:
+    """Arrays of the policy that takes the action of largest value, from the parameters of a `networks.Torso` ("torso"),
+    and of a `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").
+
+    extra: `support` `[atoms]` for categorical outputs; `risk_table` and `variance_penalty` (`risk.tables`) for
+    risk-sensitive choices; for implicit quantiles `fractions` `[m]`, or `proposal`, the layers that propose them.
+    """
+    torso, head = parameters.get("torso", {}), parameters["head"]
+    arrays = {"num_actions": np.int32(num_actions)}
+    if "convolution" in torso:
+        arrays |= {f"convolution_{name}": x for name, x in torso["convolution"].items()}
+    parts = {"torso_": torso.get("mlp"), "proposal_": extra.pop("proposal", None)}
+    parts |= {f"{name}_": head.get(name) for name in ("advantage", "value")}
+    parts["embedding_"] = head.get("embedding", {}).get("dense")
+    for prefix, layers in parts.items():
+        if layers is not None:
+            arrays |= _layers(prefix, layers["layers"])
+    return arrays | extra
+
+
+def _layers(prefix: str, layers: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": x[0] for name, x in layers.items()}
+
+
+def save_policy(
+    path: Path, arrays: Mapping[str, Any], action_low: np.ndarray | None = None, action_high: np.ndarray | None = None
+) -> None:
+    """Write the arrays of `Agent.export`, and for continuous actions the environment's own bounds."""
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    np.savez(path, action_low=np.asarray(action_low), action_high=np.asarray(action_high), **arrays)
+    if action_low is not None:
+        arrays |= {"action_low": np.asarray(action_low), "action_high": np.asarray(action_high)}
+    np.savez(path, **arrays)
 
 
 def load_policy(path: Path | str) -> Callable[[np.ndarray], np.ndarray]:
-    """Policy of a saved file: observation `[..., observation]` -> deterministic action in the environment's units."""
+    """Policy of a saved file, deterministic: observation -> action, both with any leading batch axis.
+
+    Continuous actions are in the environment's units; of a choice of actions the index is returned, for observations
+    `[batch, *observation]`.
+    """
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    depth = sum(name.startswith("kernel_") for name in arrays)
+    return _greedy(arrays) if "num_actions" in arrays else _squashed(arrays)
+
+
+def _squashed(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     half_range = (arrays["action_high"] - arrays["action_low"]) / 2
 
     def policy(observation: np.ndarray) -> np.ndarray:
-        hidden = np.asarray(observation, np.float32)
+        inputs = np.asarray(observation, np.float32)
         if "observation_mean" in arrays:
             deviation = np.sqrt(arrays["observation_variance"] + 1e-8)
-            hidden = np.clip((hidden - arrays["observation_mean"]) / deviation, -10, 10)
-        for i in range(depth):
-            hidden = hidden @ arrays[f"kernel_{i}"] + arrays[f"bias_{i}"]
-            if i < depth - 1:
-                hidden = np.maximum(hidden, 0)
-        return arrays["action_low"] + half_range * (np.tanh(hidden) + 1)
+            inputs = np.clip((inputs - arrays["observation_mean"]) / deviation, -10, 10)
+        return arrays["action_low"] + half_range * (np.tanh(_perceptron(arrays, "", inputs)) + 1)
 
     return policy
+
+
+def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    def policy(observation: np.ndarray) -> np.ndarray:
+        features = np.asarray(observation, np.float32)
+        if "convolution_kernel" in arrays:
+            size = arrays["convolution_kernel"].shape[0]
+            patches = np.lib.stride_tricks.sliding_window_view(features, (size, size), axis=(1, 2))
+            features = np.einsum("bhwcij,ijcf->bhwf", patches, arrays["convolution_kernel"])
+            features = np.maximum(features + arrays["convolution_bias"], 0)
+        features = features.reshape(len(features), -1)
+        if "torso_kernel_0" in arrays:
+            features = np.maximum(_perceptron(arrays, "torso_", features), 0)
+        masses = None
+        if "embedding_kernel_0" in arrays:
+            if "proposal_kernel_0" in arrays:
+                masses = _softmax(_perceptron(arrays, "proposal_", features))
+                fractions = np.cumsum(masses, -1) - masses / 2
+            else:
+                fractions = np.tile(arrays["fractions"], (len(features), 1))
+            waves = np.cos(np.pi * np.arange(1, len(arrays["embedding_kernel_0"]) + 1) * fractions[..., None])
+            features = features[:, None] * np.maximum(_perceptron(arrays, "embedding_", waves), 0)
+            outputs = _perceptron(arrays, "advantage_", features).swapaxes(1, 2)
+        else:
+            outputs = _perceptron(arrays, "advantage_", features)
+            outputs = outputs.reshape(len(features), int(arrays["num_actions"]), -1)
+        if "value_kernel_0" in arrays:
+            outputs = _perceptron(arrays, "value_", features)[:, None] + outputs - outputs.mean(1, keepdims=True)
+        return _value(arrays, outputs, masses).argmax(-1)
+
+    return policy
+
+
+def _value(arrays: Mapping[str, np.ndarray], outputs: np.ndarray, masses: np.ndarray | None) -> np.ndarray:
+    """Value of every action: `[batch, actions, outputs]` and their masses `[batch, outputs]` -> `[batch, actions]`."""
+    if "support" in arrays:
+        atoms, masses = np.broadcast_to(arrays["support"], outputs.shape), _softmax(outputs)
+    else:
+        order = np.argsort(outputs, axis=-1)
+        masses = np.full(outputs.shape[-1], 1 / outputs.shape[-1]) if masses is None else masses[:, None]
+        masses = np.take_along_axis(np.broadcast_to(masses, outputs.shape), order, axis=-1)
+        atoms = np.take_along_axis(outputs, order, axis=-1)
+    if "risk_table" in arrays:
+        grid = np.linspace(0, 1, len(arrays["risk_table"]))
+        edges = np.minimum(np.cumsum(masses, axis=-1), 1)
+        masses = np.diff(np.interp(edges, grid, arrays["risk_table"]), axis=-1, prepend=0)
+    mean = (masses * atoms).sum(-1)
+    return mean - arrays.get("variance_penalty", 0) * (masses * (atoms - mean[..., None]) ** 2).sum(-1)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    masses = np.exp(logits - logits.max(-1, keepdims=True))
+    return masses / masses.sum(-1, keepdims=True)
+
+
+def _perceptron(arrays: Mapping[str, np.ndarray], prefix: str, inputs: np.ndarray) -> np.ndarray:
+    depth = sum(name.startswith(f"{prefix}kernel_") for name in arrays)
+    for i in range(depth):
+        inputs = inputs @ arrays[f"{prefix}kernel_{i}"] + arrays[f"{prefix}bias_{i}"]
+        if i < depth - 1:
+            inputs = np.maximum(inputs, 0)
+    return inputs

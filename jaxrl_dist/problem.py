@@ -1,7 +1,7 @@
 """What is asked for: a run's options, and an algorithm on an environment with every setting checked."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +34,12 @@ class RunOptions:
     eval_max_steps: Natural = 0
     """longest evaluation episode, for environments without a time limit of their own"""
 
+    eval_states: Natural = 4
+    """states per evaluation from which learned return distributions are compared with Monte-Carlo returns
+    (calibration_w1, overestimation); 0: no comparison"""
+    eval_rollouts: Count = 32
+    """Monte-Carlo returns per state"""
+
     checkpoint_every: Natural = 0
     """environment steps between checkpoints; 0: a quarter of the total"""
     checkpoint_keep: Count = 2
@@ -55,6 +61,15 @@ class RunOptions:
     """write TensorBoard event files as well"""
     wandb: str = ""
     """weights & biases project to send the metrics to"""
+
+
+def split_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a preset says of the run (fields of `RunOptions`, such as total_steps), and what of the algorithm."""
+    of_the_run = {field.name for field in dataclasses.fields(RunOptions)}
+    return (
+        {name: value for name, value in preset.items() if name in of_the_run},
+        {name: value for name, value in preset.items() if name not in of_the_run},
+    )
 
 
 class Problem(NamedTuple):
@@ -97,7 +112,9 @@ def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def action_bounds(env, env_params) -> tuple[np.ndarray, np.ndarray]:
-    """The environment's own action bounds, behind the rescaling to [-1, 1] of `envs.make`."""
+def action_bounds(env, env_params) -> tuple[np.ndarray, ...]:
+    """The environment's own action bounds (low, high), behind the rescaling of `envs.make`; () for discrete actions."""
     space = (env.env if hasattr(env, "inner_action") else env).action_space(env_params)
+    if hasattr(space, "n"):
+        return ()
     return np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)

@@ -1,7 +1,6 @@
 """What a run says when it is over: tables of evaluation returns and pictures of learned return distributions."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,30 +32,32 @@ def print_results(console: Console, seeds, returns: np.ndarray) -> None:
     console.print(f"{line}; CVaR 10 % of all {returns.size} episode returns: {cvar(returns.ravel(), 0.1):.1f}")
 
 
-def draw_return_distribution(agent, problem: Problem, state, key, folder: Path, title: str, console: Console) -> None:
-    """Picture of learned atoms against Monte-Carlo returns from the same states, beyond the time limit."""
-    config, env_params = problem.config, problem.env_params
-    if not hasattr(env_params, "max_steps_in_episode"):
+def draw_return_distribution(
+    agent, problem: Problem, state, key, path: Path, console: Console, *, title: str, states: int = 6
+) -> None:
+    """Picture of learned laws against Monte-Carlo returns from the same states, beyond the time limit.
+
+    `state` is that of one run. The states are reached by the target policy after evenly spaced times, up to a quarter
+    of the time limit.
+    """
+    config, endless = problem.config, evaluation.without_time_limit(problem.env_params)
+    if endless is None:
         console.print(
-            f"no {folder / 'return_distribution.png'}: the time limit of {problem.options.env_id} cannot be "
+            f"no {path}: the time limit of {problem.options.env_id} cannot be "
             "lifted, and Monte-Carlo returns cut by it are not what the critic predicts"
         )
         return
-    # Until less than 1 % of the discounted weight is left.
-    horizon = min(2000, math.ceil(math.log(0.01) / math.log(config.discount))) if 0 < config.discount < 1 else 2000
-    endless = env_params.replace(max_steps_in_episode=2**30)
-    spread = max(6, int(env_params.max_steps_in_episode) // 4)
+    limit = evaluation.episode_limit(problem.env_params, problem.options.eval_max_steps)
     compare = jax.jit(
         lambda state, key: evaluation.return_distributions(
             agent, problem.env, endless, state, key,
-            discount=config.discount, states=6, rollouts=200, horizon=horizon, spread=spread,
+            discount=config.discount, states=states, rollouts=200, horizon=evaluation.horizon(config.discount),
+            spread=max(states, limit // 4),
         )
     )  # fmt: skip
     found = compare(jax.device_put(state, jax.devices()[0]), key)
-    plotting.return_distribution(
-        folder / "return_distribution.png",
-        predicted=np.asarray(found.predicted), monte_carlo=np.asarray(found.monte_carlo), title=title,
-    )  # fmt: skip
+    found = jax.tree.map(np.asarray, found)
+    plotting.return_distribution(path, predicted=found.predicted, monte_carlo=found.monte_carlo, title=title)
 
 
 class SavedRun(NamedTuple):
@@ -95,6 +96,23 @@ def evaluate_run(folder: Path, find_algorithm: Callable, *, episodes: int, seed:
     run = load_run(folder, find_algorithm, episodes=episodes)
     found = run.programs.evaluate(run.state, jax.random.split(jax.random.key(seed), len(run.seeds)))
     return run.seeds, np.asarray(found.episode_return)
+
+
+def plot_distribution(
+    folder: Path, find_algorithm: Callable, out: Path, console: Console, *, run_seed: int | None, states: int, seed: int
+) -> None:
+    """`draw_return_distribution` of the newest checkpoint of a run; `run_seed` chooses one of its seeds."""
+    require(states >= 1, f"--states is {states}; it must be at least 1")
+    run = load_run(folder, find_algorithm, episodes=1)
+    run_seed = int(run.seeds[0]) if run_seed is None else run_seed
+    require(run_seed in run.seeds, f"--run-seed is {run_seed}; {folder} holds the seeds {list(map(int, run.seeds))}")
+    index = int(np.flatnonzero(run.seeds == run_seed)[0])
+    problem = run.problem
+    draw_return_distribution(
+        problem.make_agent(problem.config, problem.env, problem.env_params), problem,
+        jax.tree.map(lambda x: x[index], run.state.state), jax.random.key(seed), out, console,
+        title=f"{problem.algorithm.upper()} on {problem.options.env_id}, seed {run_seed}", states=states,
+    )  # fmt: skip
 
 
 def from_json(cls, values: dict):

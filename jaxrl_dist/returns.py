@@ -1,5 +1,7 @@
 """Returns and bootstrap targets, with termination and truncation kept apart."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -21,3 +23,33 @@ def discounted_sum(rewards: jax.Array, discounts: jax.Array, bootstrap: jax.Arra
         return reward + discount * following, None
 
     return jax.lax.scan(backwards, bootstrap, (rewards, discounts), reverse=True)[0]
+
+
+class NStep(NamedTuple):
+    """An n-step target's parts, each `[...]`: target = reward + discount * value(the state after `steps` steps)."""
+
+    reward: jax.Array
+    discount: jax.Array
+    steps: jax.Array
+
+
+def n_step(
+    reward: jax.Array,
+    terminated: jax.Array,
+    truncated: jax.Array,
+    available: jax.Array,
+    gamma: float | jax.Array,
+) -> NStep:
+    """Rewards of up to n steps, and what the value after them is multiplied by: `[n, ...]` each -> `[...]` each.
+
+    The window has m <= n steps. It ends with the first terminated or truncated one, or before the first one that is
+    not `available` (not recorded yet; the first step always is): reward = sum_{k<m} gamma^k r_k, and
+    discount = gamma^m, or 0 where its last step terminated (Sutton 1988; Rainbow, arXiv 1710.02298, section 3).
+    """
+    ended = terminated | truncated
+    taken = jnp.concatenate([jnp.ones_like(ended[:1]), available[1:] & ~ended[:-1]]).astype(jnp.int32)
+    taken = jnp.cumprod(taken, axis=0) > 0
+    power = jnp.cumprod(jnp.where(taken, gamma, 1.0), axis=0)  # gamma^(k+1), and gamma^m from the last step on
+    later = jnp.where(taken[1:], power[:-1] * reward[1:], 0).sum(0)
+    discount = jnp.where((taken & terminated).any(0), 0, power[-1])
+    return NStep(reward[0] + later, discount, taken.sum(0, dtype=jnp.int32))

@@ -62,6 +62,7 @@ class _Session:
             problem.make_agent, problem.config, problem.env, problem.env_params,
             num_runs=options.num_seeds, runs_mode=options.runs_mode,
             eval_episodes=options.eval_episodes, eval_max_steps=options.eval_max_steps,
+            eval_states=options.eval_states, eval_rollouts=options.eval_rollouts,
         )  # fmt: skip
         agent = self.agent = self.programs.agent
         self.total_iterations = training.iterations_for(agent, options.total_steps)
@@ -174,7 +175,10 @@ class _Session:
         return iteration
 
     def _require_same_settings(self, saved: dict[str, Any]) -> None:
-        fixed = ("env_id", "env_options", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps")
+        fixed = (
+            "env_id", "env_options", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps",
+            "eval_states", "eval_rollouts",
+        )  # fmt: skip
         now = self._description()
         for group, names in (("config", now["config"]), ("options", fixed)):
             for field in names:
@@ -246,6 +250,10 @@ class _Session:
     def _evaluate_and_record(self, state, averages: np.ndarray, iteration: int, recorder: recording.Recorder) -> None:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.evaluation_keys, iteration)
         episodes = jax.tree.map(np.asarray, self.programs.evaluate(state, keys))
+        judged = {"evaluation_return": episodes.episode_return.mean(1)}
+        if self.programs.calibrates:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
+            judged |= jax.tree.map(np.asarray, self.programs.calibrate(state, keys))._asdict()
         env_steps = self.env_steps(iteration)
         rows, episode_rows = [], []
         for run, seed in enumerate(self.seeds):
@@ -254,7 +262,7 @@ class _Session:
                 "seconds": round(self.training_seconds, 3), "seed": int(seed),
             }  # fmt: skip
             metrics = {name: float(value) for name, value in zip(self._names, averages[run], strict=True)}
-            rows.append(position | {"evaluation_return": float(episodes.episode_return[run].mean())} | metrics)
+            rows.append(position | {name: float(values[run]) for name, values in judged.items()} | metrics)
             outcomes = zip(episodes.episode_return[run], episodes.episode_length[run], strict=True)
             episode_rows += [
                 {"env_steps": env_steps, "seed": int(seed), "episode": index}
@@ -295,10 +303,10 @@ class _Session:
 
     def _save_policies(self, state: training.Training) -> None:
         (self.folder / "policies").mkdir(exist_ok=True)
-        low, high = action_bounds(self.problem.env, self.problem.env_params)
+        bounds = action_bounds(self.problem.env, self.problem.env_params)
         for run, seed in enumerate(self.seeds):
             arrays = self.agent.export(jax.tree.map(lambda x, run=run: x[run], state.state))
-            portable.save_policy(self.folder / "policies" / f"seed_{seed}.npz", arrays, low, high)
+            portable.save_policy(self.folder / "policies" / f"seed_{seed}.npz", arrays, *bounds)
 
     def _print_results(self, iteration: int) -> None:
         reporting.print_results(self.console, self.seeds, self.last_returns)
@@ -318,8 +326,8 @@ class _Session:
         plotting.learning_curve({title: metrics}, self.folder / "learning_curve.png", title=title)
         first_run = jax.tree.map(lambda x: x[0], state.state)
         reporting.draw_return_distribution(
-            self.agent, self.problem, first_run, jax.random.fold_in(self.evaluation_keys[0], 2**31 - 1), self.folder,
-            f"{title}, seed {self.seeds[0]}", self.console,
+            self.agent, self.problem, first_run, jax.random.fold_in(self.evaluation_keys[0], 2**31 - 1),
+            self.folder / "return_distribution.png", self.console, title=f"{title}, seed {self.seeds[0]}",
         )  # fmt: skip
 
 

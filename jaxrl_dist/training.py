@@ -137,7 +137,8 @@ def run_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Programs:
-    """Compiled pieces of training over the `runs` axis: `begin`, `advance`, `take_metrics`, `evaluate`.
+    """Compiled pieces of training over the `runs` axis: `begin`, `advance`, `take_metrics`, `evaluate`,
+    `calibrate`.
 
     Runs are spread over as many devices as divide their number. On one device they are vmapped (accelerators, and
     narrow networks on CPU) or done one after another (wide networks on CPU, where a batched matrix product is slower
@@ -155,6 +156,8 @@ class Programs:
         runs_mode: RunsMode = "auto",
         eval_episodes: int = 10,
         eval_max_steps: int = 0,
+        eval_states: int = 0,
+        eval_rollouts: int = 32,
     ):
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`."""
         self.num_runs = num_runs
@@ -185,6 +188,17 @@ class Programs:
                 agent_of(config), env, env_params, training.state, key, episodes=eval_episodes, max_steps=max_steps
             )
 
+        endless = evaluation.without_time_limit(env_params)
+        # Learned return distributions can be compared with Monte-Carlo ones where the time limit can be lifted.
+        self.calibrates = eval_states > 0 and endless is not None
+
+        def _calibrate(training, config, key):
+            found = evaluation.return_distributions(
+                agent_of(config), env, endless, training.state, key, discount=config.discount, states=eval_states,
+                rollouts=eval_rollouts, horizon=evaluation.horizon(config.discount), spread=max(1, max_steps // 4),
+            )  # fmt: skip
+            return evaluation.calibration(found)
+
         def program(function, arguments: int, shared: int = 0, donate: bool = False):
             over_runs = functools.partial(_over_runs, function, self.runs_mode, shared, donate)
             specs = (PartitionSpec("runs"),) * arguments + (PartitionSpec(),) * shared
@@ -196,6 +210,7 @@ class Programs:
         self._begin = program(_begin, 2)
         self._advance = program(_advance, 2, shared=1, donate=True)
         self._evaluate = program(_evaluate, 3)
+        self._calibrate = program(_calibrate, 3)
         self._take_metrics = jax.jit(jax.vmap(take_metrics), donate_argnums=0, out_shardings=self.sharding)
 
     @functools.cached_property
@@ -212,6 +227,8 @@ class Programs:
         self._advance = self._advance.lower(training, self.configs, jnp.int32(0)).compile()
         self._evaluate = self._evaluate.lower(training, self.configs, keys).compile()
         self._take_metrics = self._take_metrics.lower(training).compile()
+        if self.calibrates:
+            self._calibrate = self._calibrate.lower(training, self.configs, keys).compile()
 
     def memory_of_advance(self) -> int:
         """Bytes that the compiled training program holds at once: arguments (all state) and temporaries."""
@@ -237,10 +254,14 @@ class Programs:
         """Evaluate every run: leaves `[runs, episodes]`."""
         return self._evaluate(training, self.configs, self._keys(keys))
 
+    def calibrate(self, training: Training, keys: jax.Array) -> evaluation.Calibration:
+        """Learned return distributions of every run against Monte-Carlo ones: leaves `[runs]`."""
+        return self._calibrate(training, self.configs, self._keys(keys))
+
 
 def _fastest_mode(config: Any) -> RunsMode:
     """`map` for wide networks on CPU, else `vmap` (measured in experiments/throughput)."""
-    widths = [getattr(config, name) for name in vars(config) if name.endswith("_hidden")]
+    widths = [getattr(config, name) for name in vars(config) if name.endswith("hidden")]
     wide = max((width for hidden in widths for width in hidden), default=0) >= WIDE
     return "map" if wide and jax.default_backend() == "cpu" else "vmap"
 

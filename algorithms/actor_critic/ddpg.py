@@ -38,6 +38,8 @@ from jaxrl_dist.agent import (
     continuous_action_size,
     require,
 )
+from jaxrl_dist.distributional import law
+from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.experience import Experience
 from jaxrl_dist.interaction import Average, Transition, average
 from jaxrl_dist.normalization import normalize
@@ -89,14 +91,14 @@ class Config:
 
 # Pendulum's sizes are ours, for a CPU.
 PRESETS = {
+    "Pendulum-v1": {
+        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+    },
     "paper": {
         "warmup_steps": 64, "batch_size": 64, "actor_hidden": (400, 300), "critic_hidden": (400, 300),
         "actor_learning_rate": 1e-4, "critic_learning_rate": 1e-3, "critic_weight_decay": 1e-2, "polyak": 0.001,
         "exploration_noise": 0.2, "noise_reversion": 0.15, "paper_networks": True,
-    },
-    "Pendulum-v1": {
-        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
     },
 }  # fmt: skip
 
@@ -280,9 +282,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return act(state, observation, key), jnp.zeros(observation.shape[0])
 
-    def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return critic.apply(state.learner.critic, observation, action)[:, None]
+        return law.equally_weighted(critic.apply(state.learner.critic, observation, action)[:, None])
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(

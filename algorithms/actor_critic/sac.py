@@ -44,6 +44,8 @@ from jaxrl_dist.agent import (
     configuration,
     continuous_action_size,
 )
+from jaxrl_dist.distributional import law
+from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.experience import Experience
 from jaxrl_dist.interaction import Average, Transition, average
 from jaxrl_dist.normalization import normalize
@@ -282,9 +284,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         action, log_density = sample_action(state.learner.actor, observation, key)
         return action, -jnp.exp(state.learner.log_temperature) * log_density
 
-    def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return critic.apply(state.learner.critic, observation, action)
+        return law.equally_weighted(critic.apply(state.learner.critic, observation, action))
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(

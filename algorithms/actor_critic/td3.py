@@ -42,6 +42,8 @@ from jaxrl_dist.agent import (
     continuous_action_size,
     require,
 )
+from jaxrl_dist.distributional import law
+from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.experience import Experience
 from jaxrl_dist.interaction import Average, Transition, average
 from jaxrl_dist.normalization import normalize
@@ -95,12 +97,12 @@ class Config:
 
 # Pendulum's sizes are ours, for a CPU.
 PRESETS = {
-    "paper": {
-        "warmup_steps": 10_000, "batch_size": 100, "actor_hidden": (400, 300), "critic_hidden": (400, 300),
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
-    },
     "Pendulum-v1": {
         "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+    },
+    "paper": {
+        "warmup_steps": 10_000, "batch_size": 100, "actor_hidden": (400, 300), "critic_hidden": (400, 300),
         "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
     },
 }  # fmt: skip
@@ -287,9 +289,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         action = act(state, observation, key)
         return smoothed_action(config, action, jax.random.normal(key, action.shape)), jnp.zeros(observation.shape[0])
 
-    def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return critic.apply(state.learner.critic, observation, action)
+        return law.equally_weighted(critic.apply(state.learner.critic, observation, action))
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(

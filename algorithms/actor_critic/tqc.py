@@ -45,7 +45,8 @@ from jaxrl_dist.agent import (
     continuous_action_size,
     require,
 )
-from jaxrl_dist.distributional import quantile
+from jaxrl_dist.distributional import law, quantile
+from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.experience import Experience
 from jaxrl_dist.interaction import Average, Transition, average
 from jaxrl_dist.normalization import normalize
@@ -103,15 +104,15 @@ class Config:
 
 # d is the paper's (its table 1) per environment; Pendulum's sizes are ours, for a CPU.
 PRESETS = {
+    "Pendulum-v1": {
+        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64), "num_critics": 3,
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
+    },
     "brax/hopper": {"quantiles_dropped": 5},
     "brax/halfcheetah": {"quantiles_dropped": 0},
     "brax/walker2d": {"quantiles_dropped": 2},
     "brax/ant": {"quantiles_dropped": 2},
     "brax/humanoid": {"quantiles_dropped": 2},
-    "Pendulum-v1": {
-        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64), "num_critics": 3,
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
-    },
 }  # fmt: skip
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
@@ -303,9 +304,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
         action, log_density = sample_action(state.learner.actor, observation, key)
         return action, -jnp.exp(state.learner.log_temperature) * log_density
 
-    def predict(state: State, observation: jax.Array, action: jax.Array) -> jax.Array:
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return critic.apply(state.learner.critic, observation, action).reshape(observation.shape[0], -1)
+        atoms = critic.apply(state.learner.critic, observation, action)
+        return law.equally_weighted(atoms.reshape(observation.shape[0], -1))
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(

@@ -162,27 +162,6 @@ def _sorting_network(rows: jax.Array) -> jax.Array:
 # -- what a set of atoms says -----------------------------------------------------------------------------------------
 
 
-def mean(atoms: jax.Array) -> jax.Array:
-    """Expectation of equally weighted atoms, `[..., atoms]` -> `[...]`."""
-    return atoms.mean(-1)
-
-
-def cumulative_probability(atoms: jax.Array, values: jax.Array) -> jax.Array:
-    """P(Z <= value) for each value: atoms `[..., atoms]`, values `[values]` -> `[..., values]`."""
-    return (atoms[..., None, :] <= values[:, None]).mean(-1)
-
-
-def conditional_value_at_risk(atoms: jax.Array, level: float | jax.Array) -> jax.Array:
-    """Mean of the worst `level` fraction of the atoms (Rockafellar & Uryasev 2000), `[..., atoms]` -> `[...]`.
-
-    The atom on the boundary counts with the fraction of it that lies inside, so the result is exact and continuous in
-    `level` in (0, 1]; level 1 is the mean.
-    """
-    count = atoms.shape[-1]
-    inside = jnp.clip(level * count - jnp.arange(count), 0, 1)
-    return (jnp.sort(atoms, axis=-1) * inside).sum(-1) / inside.sum()
-
-
 def crossing_count(quantiles: jax.Array) -> jax.Array:
     """Number of neighbouring quantiles in the wrong order, `[..., quantiles]` -> `[...]` int32; 0 for a true law."""
     return (quantiles[..., 1:] < quantiles[..., :-1]).sum(-1, dtype=jnp.int32)

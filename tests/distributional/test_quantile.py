@@ -301,58 +301,6 @@ def test_truncation_rejects_dropping_everything_or_less_than_nothing(dropped):
 
 # -- what a set of atoms says -----------------------------------------------------------------------------------------
 
-conditional_value_at_risk = jax.jit(quantile.conditional_value_at_risk)
-ATOMS = jnp.array([[6.0, -3.0, 2.0, 0.0, 10.0, 1.0, -1.0, 3.0, 8.0, 4.0]])  # sorted: -3 -1 0 1 2 3 4 6 8 10
-
-
-def test_mean_and_cumulative_probability_hand_worked():
-    assert quantile.mean(ATOMS).tolist() == [3.0]
-    probabilities = quantile.cumulative_probability(ATOMS, jnp.array([-4.0, -3.0, 0.5, 10.0]))
-    np.testing.assert_allclose(probabilities, [[0, 0.1, 0.3, 1]], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("level", "expected"),
-    [(0.05, -3), (0.1, -3), (0.15, (-3 - 0.5) / 1.5), (0.2, -2), (0.25, (-3 - 1 + 0) / 2.5), (0.5, -0.2), (1.0, 3)],
-)
-def test_conditional_value_at_risk_hand_worked(level, expected):
-    np.testing.assert_allclose(conditional_value_at_risk(ATOMS, level), [expected], rtol=1e-5)
-
-
-def test_conditional_value_at_risk_integrates_the_quantile_function():
-    # (1 / level) * integral of F^-1 over [0, level], as a sum over a grid so fine that no cell crosses an atom's edge.
-    rng = np.random.default_rng(0)
-    atoms = rng.normal(size=(4, 6)).astype(np.float32)
-    cells = 6 * 50
-    levels = np.arange(1, cells + 1) / cells
-    quantile_function = np.repeat(np.sort(atoms), 50, axis=1)
-    expected = np.cumsum(quantile_function, axis=1) / np.arange(1, cells + 1)
-    values = jax.jit(jax.vmap(quantile.conditional_value_at_risk, in_axes=(None, 0), out_axes=1))(atoms, levels)
-    np.testing.assert_allclose(values, expected, atol=2e-5)
-    # Continuous and monotone in the level, up to the mean of all.
-    assert np.all(np.diff(values) > -1e-5)
-    assert np.abs(np.diff(values[:, 25:])).max() < 0.1
-    np.testing.assert_allclose(values[:, -1], quantile.mean(atoms), atol=1e-6)
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=5),
-    st.floats(0.01, 1),
-    st.floats(0.01, 1),
-    st.floats(-100, 100),
-    st.floats(0, 100),
-)
-def test_conditional_value_at_risk_is_coherent(atoms, level, other_level, shift, scale):
-    atoms = np.float32(atoms)
-    risk = conditional_value_at_risk(atoms, level)
-    assert float(risk) <= atoms.mean() + 1e-3
-    low, high = sorted([level, other_level])
-    worse, better = (conditional_value_at_risk(atoms, each) for each in (low, high))
-    assert float(worse) <= float(better) + 1e-3
-    moved = conditional_value_at_risk(scale * atoms + shift, level)
-    np.testing.assert_allclose(moved, scale * risk + shift, rtol=1e-4, atol=1e-2)
-
 
 def test_crossing_count_hand_worked():
     quantiles = jnp.array([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [3.0, 2.0, 1.0], [0.0, 2.0, 1.0]])

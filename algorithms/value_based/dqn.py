@@ -1,0 +1,254 @@
+"""DQN: Deep Q-Networks, with double Q-learning and duelling heads as options.
+
+Papers: "Human-level control through deep reinforcement learning", Mnih et al., Nature 2015 (arXiv 1312.5602); "Deep
+Reinforcement Learning with Double Q-learning", van Hasselt, Guez, Silver, AAAI 2016, arXiv 1509.06461; "Dueling Network
+Architectures for Deep Reinforcement Learning", Wang et al., ICML 2016, arXiv 1511.06581.
+
+Q-learning with a network: transitions are replayed in random order, which breaks their correlation, and the target is
+computed by a copy of the network that stands still for a while. The largest of several noisy estimates is biased
+upwards; `--double` lets the online network choose the action that the target network evaluates. `--dueling` splits the
+network into the state's value and the actions' advantages.
+
+    target        y = r + gamma (1 - terminated) max over a' of Q_target(s', a')
+    double        y = r + gamma (1 - terminated) Q_target(s', argmax over a' of Q(s', a'))
+    loss          mean of huber_1(Q(s, a) - y)
+    target copy   theta_target <- theta, once every `target_period` updates
+    acting        epsilon-greedy
+
+Differences from the paper: rewards are not clipped (an Atari convention), Adam instead of RMSProp, evaluation without
+exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+
+Run:      python algorithms/value_based/dqn.py --env-id CartPole-v1
+Expected: CartPole-v1 475 of 500 and above: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    Layers,
+    NonNegative,
+    Positive,
+    check_replay,
+    configuration,
+    discrete_action_count,
+)
+from jaxrl_dist.distributional import law
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Batch, Experience
+from jaxrl_dist.interaction import Average, average
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of DQN. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 8
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 5_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 100_000
+    """transitions kept for sampling"""
+    batch_size: Count = 64
+    """transitions per update"""
+    num_steps: Count = 1
+    """steps of reward in a target before it bootstraps"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    target_period: Count = 1_000
+    """updates between two copies of the network into the target network"""
+    learning_rate: NonNegative = 2.5e-4
+    """step size of Adam"""
+    adam_epsilon: Positive = 3.125e-4
+    """what Adam adds to its denominator"""
+    epsilon_start: Fraction = 1.0
+    """probability of a random action at the first step"""
+    epsilon_end: Fraction = 0.05
+    """probability of a random action from `exploration_steps` on"""
+    exploration_steps: Count = 50_000
+    """environment steps in which that probability falls, warm-up included"""
+
+    hidden: Layers = (128, 128)
+    """widths of the hidden layers, after the convolution if observations are images"""
+    double: bool = False
+    """choose the target's action by the online network"""
+    dueling: bool = False
+    """give the last hidden layer two streams, value and advantage"""
+
+
+PRESETS = {
+    "CartPole-v1": {
+        "total_steps": 200_000, "warmup_steps": 1_000, "replay_capacity": 50_000, "batch_size": 128,
+        "target_period": 250, "learning_rate": 5e-4, "exploration_steps": 20_000,
+    },
+    "paper": {
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
+        "exploration_steps": 1_000_000, "hidden": (512,),
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Action values, `[batch, *observation]` -> `[batch, actions]`."""
+
+    hidden: tuple[int, ...]
+    num_actions: int
+    dueling: bool
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        features = networks.Torso(self.hidden[:-1], name="torso")(observation)
+        return networks.ActionHead(self.hidden[-1], self.num_actions, 1, self.dueling, name="head")(features)[..., 0]
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    network: chex.ArrayTree
+    target_network: chex.ArrayTree
+    optimizer: optax.OptState
+    updates: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    env_steps: jax.Array
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_value(batch: Batch, next_values: jax.Array, choosing_values: jax.Array) -> jax.Array:
+    """Reward plus the successor's discounted value at the action that `choosing_values` prefer: `[batch]`.
+
+    Both `[batch, actions]`: the target network's values, and those that choose (its own, or for double Q-learning the
+    online network's).
+    """
+    return batch.reward + batch.discount * networks.at_action(next_values, choosing_values.argmax(-1))
+
+
+def loss_of(values: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean Huber loss of the values of the actions taken, both `[batch]`."""
+    return optax.losses.huber_loss(values, jax.lax.stop_gradient(target), delta=1.0).mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """DQN on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    num_actions = discrete_action_count(env, env_params)
+    check_replay(config)
+    network = Network(config.hidden, num_actions, config.dueling)
+    adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    steps_per_iteration = config.num_envs * config.steps_per_iteration
+
+    def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step, and the copy into the target network when it is due."""
+        next_values = network.apply(learner.target_network, batch.next_observation)
+        choosing_values = network.apply(learner.network, batch.next_observation) if config.double else next_values
+        target = target_value(batch, next_values, choosing_values)
+
+        def objective(parameters):
+            values = networks.at_action(network.apply(parameters, batch.observation), batch.action)
+            return loss_of(values, target), values
+
+        (loss, values), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
+        changes, optimizer = adam.update(gradient, learner.optimizer)
+        parameters = optax.apply_updates(learner.network, changes)
+        updates = learner.updates + 1
+        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        metrics = {
+            "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": optax.tree.norm(gradient),
+        }  # fmt: skip
+        return Learner(parameters, target_network, optimizer, updates), metrics
+
+    def init(key: jax.Array) -> State:
+        key, network_key, warmup_key = jax.random.split(key, 3)
+        parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
+        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=False,
+        )  # fmt: skip
+        return State(learner, filled, jnp.int32(warmup_steps), key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return State(state.learner, lived, state.env_steps + config.num_envs, key), episodes
+
+        def learn(state, _):
+            key, sample_key = jax.random.split(state.key)
+            batch = experience.sample_n_step(
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
+            )
+            learner, metrics = update(state.learner, batch)
+            return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def action_values(state: State, observation: jax.Array) -> jax.Array:
+        return network.apply(state.learner.network, observation)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return action_values(state, observation).argmax(-1).astype(jnp.int32)
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        epsilon = policies.linear_schedule(
+            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
+        )
+        return policies.epsilon_greedy(key, action_values(state, observation), epsilon)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        return law.equally_weighted(networks.at_action(action_values(state, observation), action)[:, None])
+
+    def export(state: State) -> dict[str, jax.Array]:
+        return portable.greedy_policy(state.learner.network["params"], num_actions)
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -1,0 +1,323 @@
+"""FQF: fully parameterised quantile function, IQN with learned fractions.
+
+Paper: "Fully Parameterized Quantile Function for Distributional Reinforcement Learning", Yang, Zhao, Lin, Qin, Bian,
+Liu, NeurIPS 2019, arXiv 1911.02140.
+
+IQN draws its fractions at random; FQF learns, for every state, at which N fractions the quantile function is best
+approximated by a staircase. A proposal layer gives the N masses of the steps; it descends the Wasserstein-1 error of
+the staircase, whose gradient takes nothing but values of the quantile function. The quantiles are trained as IQN's, at
+the middles of the steps.
+
+    fractions     tau_i = q_1 + .. + q_i,  q = softmax(proposal(features)),  mid_i = (tau_{i-1} + tau_i) / 2
+    law           Z(s, a) = F(s, a, mid_i) with probability q_i
+    target        y_j = r + gamma (1 - terminated) F_target(s', a*, mid'_j),
+                  a* = argmax over a of sum over j of q'_j F_target(s', a, mid'_j)
+    loss          mean of sum over i of mean over j of |mid_i - 1{u < 0}| huber_kappa(u) / kappa,
+                  u = y_j - F(s, a, mid_i); it reaches neither the fractions nor the proposal
+    proposal      dW1 / dtau_i = 2 F(tau_i) - F(mid_i) - F(mid_{i+1}), and -c times the entropy of q;
+                  it reaches neither the features nor the quantiles
+    target copy   of network and proposal, once every `target_period` updates
+    acting        epsilon-greedy
+
+Differences from the paper: the entropy is that of q, where the official code takes one of the cumulated fractions; the
+embedding is merged before the last hidden layer; rewards are not clipped (an Atari convention); evaluation without
+exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+
+Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
+Expected: CartPole-v1: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    Layers,
+    NonNegative,
+    Positive,
+    check_replay,
+    configuration,
+    discrete_action_count,
+)
+from jaxrl_dist.distributional import quantile
+from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Batch, Experience
+from jaxrl_dist.interaction import Average, average
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of IQN. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 8
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 5_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 100_000
+    """transitions kept for sampling"""
+    batch_size: Count = 64
+    """transitions per update"""
+    num_steps: Count = 1
+    """steps of reward in a target before it bootstraps"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    target_period: Count = 1_000
+    """updates between two copies of the network into the target network"""
+    learning_rate: NonNegative = 2.5e-4
+    """step size of Adam"""
+    adam_epsilon: Positive = 3.125e-4
+    """what Adam adds to its denominator"""
+    epsilon_start: Fraction = 1.0
+    """probability of a random action at the first step"""
+    epsilon_end: Fraction = 0.05
+    """probability of a random action from `exploration_steps` on"""
+    exploration_steps: Count = 50_000
+    """environment steps in which that probability falls, warm-up included"""
+
+    hidden: Layers = (128, 128)
+    """widths of the hidden layers, after the convolution if observations are images; the last is after the merge"""
+    cosines: Count = 64
+    """cosines that embed a fraction"""
+    num_fractions: Count = 32
+    """N, steps of the staircase"""
+    fraction_learning_rate: NonNegative = 2.5e-9
+    """step size of the proposal's RMSProp; at one near the network's the fractions collapse"""
+    entropy_weight: NonNegative = 0.0
+    """c, weight of the proposal's entropy"""
+    kappa: NonNegative = 1.0
+    """threshold of the Huber function in units of return; 0 is plain quantile regression"""
+    risk: str = "neutral"
+    """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
+    power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
+
+
+PRESETS = {
+    "CartPole-v1": {
+        "total_steps": 200_000, "warmup_steps": 1_000, "replay_capacity": 50_000, "batch_size": 128,
+        "target_period": 250, "learning_rate": 5e-4, "exploration_steps": 20_000,
+    },
+    "paper": {
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
+        "exploration_steps": 1_000_000, "hidden": (512,),
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Proposal(nn.Module):
+    """Logits of the staircase's masses, `[batch, features]` -> `[batch, fractions]`; nearly even at the start."""
+
+    num_fractions: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        bound = 0.01 * features.shape[-1] ** -0.5
+        return networks.MLP((self.num_fractions,), output_bound=bound, name="layers")(features)
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    network: chex.ArrayTree
+    target_network: chex.ArrayTree
+    optimizer: optax.OptState
+    updates: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    env_steps: jax.Array
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+class Staircase(NamedTuple):
+    """Fractions of a batch: masses and middles of the steps `[batch, N]`, edges between them `[batch, N - 1]`."""
+
+    masses: jax.Array
+    middles: jax.Array
+    edges: jax.Array
+
+
+def staircase(logits: jax.Array) -> Staircase:
+    """The fractions that a proposal `[batch, N]` stands for."""
+    masses = jax.nn.softmax(logits)
+    upper = jnp.cumsum(masses, axis=-1)
+    return Staircase(masses, upper - masses / 2, upper[:, :-1])
+
+
+def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
+    """Reward plus the successor's discounted quantiles, `[batch, N]`, same shape."""
+    return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
+
+
+def loss_of(quantiles: jax.Array, fractions: jax.Array, target: jax.Array, kappa: float | jax.Array) -> jax.Array:
+    """Mean quantile Huber loss: quantiles at the fractions, both `[batch, N]`, on targets `[batch, N]`."""
+    return quantile.quantile_huber_loss(quantiles, target, fractions, kappa=kappa, over_predicted="sum").mean()
+
+
+def fraction_loss(
+    steps: Staircase, at_middles: jax.Array, at_edges: jax.Array, entropy_weight: float | jax.Array
+) -> jax.Array:
+    """What has the gradient of the staircase's Wasserstein-1 error (FQF, proposition 1), less the weighted entropy.
+
+    The quantile function's values at the middles `[batch, N]` and edges `[batch, N - 1]` are constants here.
+    """
+    slope = jax.lax.stop_gradient(2 * at_edges - at_middles[:, :-1] - at_middles[:, 1:])
+    entropy = jax.scipy.special.entr(steps.masses).sum(-1)
+    return (slope * steps.edges).sum(-1).mean() - entropy_weight * entropy.mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """IQN on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    num_actions = discrete_action_count(env, env_params)
+    check_replay(config)
+    torso = networks.Torso(config.hidden[:-1])
+    head = networks.ImplicitQuantileHead(config.hidden[-1], num_actions, config.cosines)
+    proposal = Proposal(config.num_fractions)
+    risk = risks.parse(config.risk)
+    adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
+    rmsprop = optax.rmsprop(config.fraction_learning_rate, decay=0.95, eps=1e-5, centered=True)
+    optimizers = optax.partition(
+        {"adam": adam, "rmsprop": rmsprop}, {"torso": "adam", "head": "adam", "proposal": "rmsprop"}
+    )
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    steps_per_iteration = config.num_envs * config.steps_per_iteration
+
+    def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step, and the copy into the target network when it is due."""
+        features = torso.apply(learner.target_network["torso"], batch.next_observation)
+        steps = staircase(proposal.apply(learner.target_network["proposal"], features))
+        next_quantiles = head.apply(learner.target_network["head"], features, steps.middles)
+        next_action = risks.value(risk, Law(next_quantiles, steps.masses[:, None])).argmax(-1)
+        target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
+
+        def objective(parameters):
+            """Both losses in one: the first reaches torso and head only, the second the proposal only."""
+            features = torso.apply(parameters["torso"], batch.observation)
+            constant = jax.lax.stop_gradient(features)
+            steps = staircase(proposal.apply(parameters["proposal"], constant))
+            middles, edges = jax.lax.stop_gradient((steps.middles, steps.edges))
+            quantiles = networks.at_action(head.apply(parameters["head"], features, middles), batch.action)
+            at_edges = head.apply(jax.lax.stop_gradient(parameters["head"]), constant, edges)
+            at_edges = networks.at_action(at_edges, batch.action)
+            loss = loss_of(quantiles, middles, target, config.kappa)
+            return loss + fraction_loss(steps, quantiles, at_edges, config.entropy_weight), (loss, quantiles, steps)
+
+        (_, (loss, values, steps)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
+        changes, optimizer = optimizers.update(gradient, learner.optimizer)
+        parameters = optax.apply_updates(learner.network, changes)
+        updates = learner.updates + 1
+        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        metrics = {
+            "loss": loss, "value": (steps.masses * values).sum(-1).mean(), "target": target.mean(),
+            "gradient_norm": optax.tree.norm(gradient),
+            "fraction_entropy": jax.scipy.special.entr(steps.masses).sum(-1).mean(),
+        }  # fmt: skip
+        return Learner(parameters, target_network, optimizer, updates), metrics
+
+    def init(key: jax.Array) -> State:
+        key, torso_key, head_key, proposal_key, warmup_key = jax.random.split(key, 5)
+        observation = jnp.zeros((1, *env.observation_space(env_params).shape))
+        torso_parameters = torso.init(torso_key, observation)
+        features = torso.apply(torso_parameters, observation)
+        parameters = {
+            "torso": torso_parameters,
+            "head": head.init(head_key, features, jnp.zeros((1, config.num_fractions))),
+            "proposal": proposal.init(proposal_key, features),
+        }
+        learner = Learner(parameters, parameters, optimizers.init(parameters), jnp.int32(0))
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=False,
+        )  # fmt: skip
+        return State(learner, filled, jnp.int32(warmup_steps), key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return State(state.learner, lived, state.env_steps + config.num_envs, key), episodes
+
+        def learn(state, _):
+            key, sample_key = jax.random.split(state.key)
+            batch = experience.sample_n_step(
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
+            )
+            learner, metrics = update(state.learner, batch)
+            return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def laws(state: State, observation: jax.Array) -> Law:
+        features = torso.apply(state.learner.network["torso"], observation)
+        steps = staircase(proposal.apply(state.learner.network["proposal"], features))
+        return Law(head.apply(state.learner.network["head"], features, steps.middles), steps.masses[:, None])
+
+    def action_values(state: State, observation: jax.Array) -> jax.Array:
+        return risks.value(risk, laws(state, observation))
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return action_values(state, observation).argmax(-1).astype(jnp.int32)
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        epsilon = policies.linear_schedule(
+            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
+        )
+        return policies.epsilon_greedy(key, action_values(state, observation), epsilon)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        atoms, masses = laws(state, observation)
+        return Law(networks.at_action(atoms, action), masses[:, 0])
+
+    def export(state: State) -> dict[str, jax.Array]:
+        parts = {name: parameters.get("params", {}) for name, parameters in state.learner.network.items()}
+        return portable.greedy_policy(parts, num_actions, proposal=parts["proposal"]["layers"], **risks.tables(risk))
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

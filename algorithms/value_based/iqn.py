@@ -1,0 +1,283 @@
+"""IQN: implicit quantile networks, the quantile function of the return at any fraction.
+
+Paper: "Implicit Quantile Networks for Distributional Reinforcement Learning", Dabney, Ostrovski, Silver, Munos, ICML
+2018, arXiv 1806.06923.
+
+QR-DQN learns quantiles at N fixed fractions; IQN takes the fraction as an input and learns them all. The fraction is
+embedded by cosines and multiplied into the features of the state. How many fractions are drawn is a matter of compute,
+not of the network, and drawing them through a distortion makes the agent averse to risk or seek it.
+
+    law           Z(s, a) = F(s, a, tau),  tau uniform on (0, 1)
+    target        y_j = r + gamma (1 - terminated) F_target(s', a*, tau'_j),  j = 1 .. N'
+                  a* = argmax over a of mean over k of F_target(s', a, beta(tau~_k)),  k = 1 .. K
+    loss          mean of sum over i = 1 .. N of mean over j of |tau_i - 1{u < 0}| huber_kappa(u) / kappa,
+                  u = y_j - F(s, a, tau_i)
+    target copy   theta_target <- theta, once every `target_period` updates
+    acting        epsilon-greedy on the mean over K fresh fractions
+
+Differences from the paper: evaluation takes the fractions (2k - 1) / 2K instead of random ones, and no exploration; the
+embedding's cosines start at i = 1, as in the official codes; the embedding is merged before the last hidden layer;
+rewards are not clipped (an Atari convention). `--num-steps` n > 1 replaces r and gamma by the n-step return and
+gamma^n.
+
+Run:      python algorithms/value_based/iqn.py --env-id CartPole-v1
+Expected: CartPole-v1 475 of 500 and above: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    Layers,
+    NonNegative,
+    Positive,
+    check_replay,
+    configuration,
+    discrete_action_count,
+)
+from jaxrl_dist.distributional import law, quantile
+from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Batch, Experience
+from jaxrl_dist.interaction import Average, average
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of IQN. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 8
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 5_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 100_000
+    """transitions kept for sampling"""
+    batch_size: Count = 64
+    """transitions per update"""
+    num_steps: Count = 1
+    """steps of reward in a target before it bootstraps"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    target_period: Count = 1_000
+    """updates between two copies of the network into the target network"""
+    learning_rate: NonNegative = 2.5e-4
+    """step size of Adam"""
+    adam_epsilon: Positive = 3.125e-4
+    """what Adam adds to its denominator"""
+    epsilon_start: Fraction = 1.0
+    """probability of a random action at the first step"""
+    epsilon_end: Fraction = 0.05
+    """probability of a random action from `exploration_steps` on"""
+    exploration_steps: Count = 50_000
+    """environment steps in which that probability falls, warm-up included"""
+
+    hidden: Layers = (128, 128)
+    """widths of the hidden layers, after the convolution if observations are images; the last is after the merge"""
+    cosines: Count = 64
+    """cosines that embed a fraction"""
+    num_fractions: Count = 64
+    """N, fractions per update at which the online network is evaluated"""
+    num_target_fractions: Count = 64
+    """N', fractions per update at which the target network is evaluated"""
+    num_policy_fractions: Count = 32
+    """K, fractions whose mean chooses an action"""
+    kappa: NonNegative = 1.0
+    """threshold of the Huber function in units of return; 0 is plain quantile regression"""
+    risk: str = "neutral"
+    """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
+    power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
+
+
+PRESETS = {
+    "CartPole-v1": {
+        "total_steps": 200_000, "warmup_steps": 1_000, "replay_capacity": 50_000, "batch_size": 128,
+        "target_period": 250, "learning_rate": 5e-4, "exploration_steps": 20_000,
+    },
+    "paper": {
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
+        "exploration_steps": 1_000_000, "hidden": (512,),
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Quantiles of every action, `[batch, *observation]`, `[batch, m]` -> `[batch, actions, m]`."""
+
+    hidden: tuple[int, ...]
+    num_actions: int
+    cosines: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, fractions: jax.Array) -> jax.Array:
+        features = networks.Torso(self.hidden[:-1], name="torso")(observation)
+        head = networks.ImplicitQuantileHead(self.hidden[-1], self.num_actions, self.cosines, name="head")
+        return head(features, fractions)
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    network: chex.ArrayTree
+    target_network: chex.ArrayTree
+    optimizer: optax.OptState
+    updates: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    env_steps: jax.Array
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
+    """Reward plus the successor's discounted quantiles, `[batch, target fractions]`, same shape."""
+    return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
+
+
+def loss_of(quantiles: jax.Array, fractions: jax.Array, target: jax.Array, kappa: float | jax.Array) -> jax.Array:
+    """Mean quantile Huber loss: quantiles at the fractions, both `[batch, fractions]`, on `[batch, targets]`."""
+    return quantile.quantile_huber_loss(quantiles, target, fractions, kappa=kappa, over_predicted="sum").mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """IQN on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    num_actions = discrete_action_count(env, env_params)
+    check_replay(config)
+    network = Network(config.hidden, num_actions, config.cosines)
+    risk = risks.parse(config.risk)
+    policy_midpoints = quantile.midpoints(config.num_policy_fractions)
+    adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    steps_per_iteration = config.num_envs * config.steps_per_iteration
+
+    def update(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step, and the copy into the target network when it is due."""
+        online_key, target_key, policy_key = jax.random.split(key, 3)
+        fractions = jax.random.uniform(online_key, (config.batch_size, config.num_fractions))
+        target_fractions = jax.random.uniform(target_key, (config.batch_size, config.num_target_fractions))
+        policy_fractions = jax.random.uniform(policy_key, (config.batch_size, config.num_policy_fractions))
+        # One pass through the target network for both: the quantiles that choose, and those that are the target.
+        next_fractions = jnp.concatenate([risks.distort(risk, policy_fractions), target_fractions], axis=1)
+        next_quantiles = network.apply(learner.target_network, batch.next_observation, next_fractions)
+        choosing, following = jnp.split(next_quantiles, [config.num_policy_fractions], axis=2)
+        next_action = risks.value_of_quantiles(risk, choosing).argmax(-1)
+        target = target_quantiles(batch, networks.at_action(following, next_action))
+
+        def objective(parameters):
+            quantiles = networks.at_action(network.apply(parameters, batch.observation, fractions), batch.action)
+            return loss_of(quantiles, fractions, target, config.kappa), quantiles
+
+        (loss, values), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
+        changes, optimizer = adam.update(gradient, learner.optimizer)
+        parameters = optax.apply_updates(learner.network, changes)
+        updates = learner.updates + 1
+        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        metrics = {
+            "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": optax.tree.norm(gradient),
+        }  # fmt: skip
+        return Learner(parameters, target_network, optimizer, updates), metrics
+
+    def init(key: jax.Array) -> State:
+        key, network_key, warmup_key = jax.random.split(key, 3)
+        observation = jnp.zeros((1, *env.observation_space(env_params).shape))
+        parameters = network.init(network_key, observation, policy_midpoints[None])
+        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=False,
+        )  # fmt: skip
+        return State(learner, filled, jnp.int32(warmup_steps), key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return State(state.learner, lived, state.env_steps + config.num_envs, key), episodes
+
+        def learn(state, _):
+            key, sample_key, fraction_key = jax.random.split(state.key, 3)
+            batch = experience.sample_n_step(
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
+            )
+            learner, metrics = update(state.learner, batch, fraction_key)
+            return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def action_values(state: State, observation: jax.Array, fractions: jax.Array) -> jax.Array:
+        quantiles = network.apply(state.learner.network, observation, risks.distort(risk, fractions))
+        return risks.value_of_quantiles(risk, quantiles)
+
+    def midpoints(observation: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(policy_midpoints, (observation.shape[0], config.num_policy_fractions))
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return action_values(state, observation, midpoints(observation)).argmax(-1).astype(jnp.int32)
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        epsilon = policies.linear_schedule(
+            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
+        )
+        key, fraction_key = jax.random.split(key)
+        fractions = jax.random.uniform(fraction_key, (observation.shape[0], config.num_policy_fractions))
+        return policies.epsilon_greedy(key, action_values(state, observation, fractions), epsilon)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        quantiles = network.apply(state.learner.network, observation, midpoints(observation))
+        return law.equally_weighted(networks.at_action(quantiles, action))
+
+    def export(state: State) -> dict[str, jax.Array]:
+        return portable.greedy_policy(
+            state.learner.network["params"], num_actions, fractions=risks.distort(risk, policy_midpoints),
+            variance_penalty=risks.variance_penalty(risk),
+        )  # fmt: skip
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -1,0 +1,328 @@
+"""Rainbow: C51 with double Q-learning, duelling heads, noisy networks, prioritised replay and n-step returns.
+
+Paper: "Rainbow: Combining Improvements in Deep Reinforcement Learning", Hessel et al., AAAI 2018, arXiv 1710.02298.
+
+Six improvements of DQN, made independently, work together: the distribution of the return instead of its mean (C51);
+the online network chooses the action that the target network evaluates (double); the state's value and the actions'
+advantages have streams of their own (duelling); the weights are drawn anew at every step, so that the agent explores
+where it is uncertain (noisy); transitions are replayed in proportion to how badly they were predicted (prioritised);
+and targets hold n rewards before they bootstrap.
+
+    target        m = projection of the law of R + gamma^n (1 - terminated) Z_target(s_n, a*) onto the support,
+                  R = r_0 + .. + gamma^(n-1) r_(n-1),  a* = argmax over a of E[Z(s_n, a)]
+    loss          mean of w KL(m || Z(s, a)),  w = (size P)^-beta over the largest in the batch
+    priority      P in proportion to KL(m || Z(s, a))^omega; new transitions get the largest so far
+    logits        V_i(s) + A_i(s, a) - mean over a of A_i(s, a),  for every atom i
+    noisy layer   (mu + sigma * f(e_in) f(e_out)) x,  f(e) = sign(e) sqrt |e|
+    target copy   theta_target <- theta, once every `target_period` updates
+    acting        greedy with drawn weights
+
+Differences from the paper: rewards are not clipped (an Atari convention), so v_min and v_max belong to the environment,
+see `--probe-support` and the metric `clipped_mass`; evaluation takes the mean weights. Each part can be switched off:
+`--no...` options, `--num-steps 1`, `--priority-exponent 0`; without noise, give an epsilon to explore with.
+
+Run:      python algorithms/value_based/rainbow.py --env-id CartPole-v1
+Expected: CartPole-v1: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable, replay
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    Layers,
+    NonNegative,
+    Positive,
+    Real,
+    check_replay,
+    configuration,
+    discrete_action_count,
+)
+from jaxrl_dist.distributional import categorical
+from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Batch, Experience
+from jaxrl_dist.interaction import Average, average
+from jaxrl_dist.replay import Priorities
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of C51. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 8
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 5_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 100_000
+    """transitions kept for sampling"""
+    batch_size: Count = 64
+    """transitions per update"""
+    num_steps: Count = 3
+    """steps of reward in a target before it bootstraps"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    target_period: Count = 1_000
+    """updates between two copies of the network into the target network"""
+    learning_rate: NonNegative = 2.5e-4
+    """step size of Adam"""
+    adam_epsilon: Positive = 3.125e-4
+    """what Adam adds to its denominator"""
+    epsilon_start: Fraction = 0.0
+    """probability of a random action at the first step"""
+    epsilon_end: Fraction = 0.0
+    """probability of a random action from `exploration_steps` on"""
+    exploration_steps: Count = 50_000
+    """environment steps in which that probability falls, warm-up included"""
+
+    hidden: Layers = (128, 128)
+    """widths of the hidden layers, after the convolution if observations are images"""
+    num_atoms: Count = 51
+    """atoms of the support"""
+    v_min: Real = -10.0
+    """lowest atom, in units of the discounted return"""
+    v_max: Real = 10.0
+    """highest atom"""
+    double: bool = True
+    """choose the target's action by the online network"""
+    dueling: bool = True
+    """give the last hidden layer two streams, value and advantage"""
+    noisy: bool = True
+    """draw the weights of the streams anew at every step and update"""
+    initial_noise: NonNegative = 0.5
+    """sigma_0, standard deviation of a layer's weights at the start, times the root of its inputs"""
+    priority_exponent: NonNegative = 0.5
+    """omega, how much the error matters for being replayed; 0: not at all"""
+    importance_exponent: Fraction = 0.4
+    """beta at the first step, how much the loss corrects for the unequal replay; rises to 1"""
+    annealing_steps: Count = 100_000
+    """environment steps in which beta rises"""
+    risk: str = "neutral"
+    """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
+    power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
+
+
+PRESETS = {
+    "CartPole-v1": {
+        "total_steps": 200_000, "warmup_steps": 1_000, "replay_capacity": 50_000, "batch_size": 128,
+        "target_period": 250, "learning_rate": 5e-4, "exploration_steps": 20_000,
+    },
+    "paper": {
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
+        "exploration_steps": 1_000_000, "hidden": (512,),
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Logits of the atoms of every action, `[batch, *observation]` -> `[batch, actions, atoms]`."""
+
+    hidden: tuple[int, ...]
+    num_actions: int
+    num_atoms: int
+    dueling: bool
+    initial_noise: float | jax.Array
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, noisy: bool) -> jax.Array:
+        features = networks.Torso(self.hidden[:-1], name="torso")(observation)
+
+        def stream(name: str, outputs: int) -> jax.Array:
+            hidden = networks.NoisyDense(self.hidden[-1], self.initial_noise, name=f"{name}_0")(features, noisy)
+            return networks.NoisyDense(outputs, self.initial_noise, name=f"{name}_1")(nn.relu(hidden), noisy)
+
+        advantage = stream("advantage", self.num_actions * self.num_atoms)
+        advantage = advantage.reshape(-1, self.num_actions, self.num_atoms)
+        return networks.duel(stream("value", self.num_atoms), advantage) if self.dueling else advantage
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    network: chex.ArrayTree
+    target_network: chex.ArrayTree
+    optimizer: optax.OptState
+    updates: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    priorities: Priorities
+    env_steps: jax.Array
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_masses(batch: Batch, next_masses: jax.Array, support: jax.Array) -> jax.Array:
+    """Law of reward + discount * Z for Z with the masses `[batch, atoms]`, projected onto the support `[atoms]`."""
+    return categorical.project_return(batch.reward, batch.discount, next_masses, support)
+
+
+def loss_of(logits: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weighted mean KL divergence of the laws of the actions taken, `[batch, atoms]`, from their targets; weights
+    `[batch]`. Also each one's divergence, unweighted: the new priorities `[batch]`."""
+    divergence = categorical.kl_divergence(target, logits)
+    return (weights * divergence).mean(), divergence
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """C51 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    num_actions = discrete_action_count(env, env_params)
+    check_replay(config)
+    network = Network(config.hidden, num_actions, config.num_atoms, config.dueling, config.initial_noise)
+    risk = risks.parse(config.risk)
+    support = categorical.support(config.v_min, config.v_max, config.num_atoms)
+    adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    steps_per_iteration = config.num_envs * config.steps_per_iteration
+
+    def logits_of(parameters: chex.ArrayTree, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return network.apply(parameters, observation, config.noisy, rngs={"noise": key})
+
+    def update(
+        learner: Learner, batch: Batch, weights: jax.Array, key: jax.Array
+    ) -> tuple[Learner, jax.Array, dict[str, jax.Array]]:
+        """One gradient step, and the copy into the target network when it is due; also the batch's divergences."""
+        online_key, target_key, choosing_key = jax.random.split(key, 3)
+        next_masses = jax.nn.softmax(logits_of(learner.target_network, batch.next_observation, target_key))
+        choosing = next_masses
+        if config.double:
+            choosing = jax.nn.softmax(logits_of(learner.network, batch.next_observation, choosing_key))
+        next_masses = networks.at_action(next_masses, risks.value(risk, Law(support, choosing)).argmax(-1))
+        target = target_masses(batch, next_masses, support)
+
+        def objective(parameters):
+            logits = networks.at_action(logits_of(parameters, batch.observation, online_key), batch.action)
+            loss, divergence = loss_of(logits, target, weights)
+            return loss, (divergence, (jax.nn.softmax(logits) * support).sum(-1))
+
+        (loss, (divergence, values)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
+        changes, optimizer = adam.update(gradient, learner.optimizer)
+        parameters = optax.apply_updates(learner.network, changes)
+        updates = learner.updates + 1
+        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        metrics = {
+            "loss": loss, "value": values.mean(), "target": (target * support).sum(-1).mean(),
+            "clipped_mass": categorical.clipped_mass(batch.reward, batch.discount, next_masses, support).mean(),
+            "gradient_norm": optax.tree.norm(gradient),
+        }  # fmt: skip
+        return Learner(parameters, target_network, optimizer, updates), divergence, metrics
+
+    def init(key: jax.Array) -> State:
+        key, network_key, warmup_key = jax.random.split(key, 3)
+        parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)), False)
+        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=False,
+        )  # fmt: skip
+        return State(learner, filled, replay.equal_priorities(filled.replay), jnp.int32(warmup_steps), key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            written = state.experience.replay.position + jnp.arange(config.num_envs)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            highest = jnp.full(config.num_envs, state.priorities.largest)
+            priorities = replay.set_priorities(state.priorities, written, highest)
+            return State(state.learner, lived, priorities, state.env_steps + config.num_envs, key), episodes
+
+        def learn(state, _):
+            key, sample_key, noise_key = jax.random.split(state.key, 3)
+            indices, probabilities = replay.sample_by_priority(state.priorities, sample_key, config.batch_size)
+            batch = experience.batch_at(
+                state.experience, indices, num_steps=config.num_steps, gamma=config.discount
+            )  # fmt: skip
+            beta = policies.linear_schedule(config.importance_exponent, 1.0, config.annealing_steps, state.env_steps)
+            weights = replay.importance_weights(probabilities, state.experience.replay.size, beta)
+            learner, divergence, metrics = update(state.learner, batch, weights, noise_key)
+            # A priority of 0 would never be drawn again.
+            raised = (divergence + 1e-6) ** config.priority_exponent
+            priorities = replay.set_priorities(state.priorities, indices, raised)
+            return state._replace(key=key, learner=learner, priorities=priorities), jax.tree.map(average, metrics)
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def laws(logits: jax.Array) -> Law:
+        return Law(support, jax.nn.softmax(logits))
+
+    def mean_logits(state: State, observation: jax.Array) -> jax.Array:
+        return network.apply(state.learner.network, observation, False)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return risks.value(risk, laws(mean_logits(state, observation))).argmax(-1).astype(jnp.int32)
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        epsilon = policies.linear_schedule(
+            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
+        )
+        key, noise_key = jax.random.split(key)
+        values = risks.value(risk, laws(logits_of(state.learner.network, observation, noise_key)))
+        return policies.epsilon_greedy(key, values, epsilon)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        masses = networks.at_action(laws(mean_logits(state, observation)).masses, action)
+        return Law(jnp.broadcast_to(support, masses.shape), masses)
+
+    def export(state: State) -> dict[str, jax.Array]:
+        parameters = state.learner.network["params"]
+        head = {
+            stream: {
+                "layers": {
+                    f"{part}_{i}": parameters[f"{stream}_{i}"][part][None]
+                    for part in ("kernel", "bias")
+                    for i in (0, 1)
+                }
+            }
+            for stream in ("advantage", "value")[: 1 + config.dueling]
+        }
+        parts = {"torso": parameters.get("torso", {}), "head": head}
+        return portable.greedy_policy(parts, num_actions, support=support, **risks.tables(risk))
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -94,7 +94,7 @@ def check_configuration(config) -> None:
         if hint == tuple[int, ...]:
             ranges, numbers = [Range(1, math.inf)], value
         elif ranges:
-            numbers = (0,) if value == () else np.ravel(np.asarray(value))
+            numbers = np.ravel(np.asarray(value)) if np.size(value) else (0,)
         else:
             continue
         for number in numbers:

@@ -37,6 +37,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxrl_dist.keys import is_key
+
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
 _UNFINISHED = "unfinished-"
@@ -195,10 +197,6 @@ def _name(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path) or "(the whole tree)"
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _kind(name: str, leaf: Any) -> str:
     """Dtype and shape as one word, `float32[3,64]`; refuses leaves that are no arrays."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
@@ -214,7 +212,7 @@ def _describe(tree: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         kind = _kind(name, leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"{name} is {leaf}: a shape without values cannot be saved")
-        key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+        key = str(jax.random.key_impl(leaf)) if is_key(leaf) else None
         array = leaf if key is None else jax.random.key_data(leaf)
         stored = str(number) if array.size else None  # orbax refuses arrays without elements
         fields[name] = {"kind": kind, "shape": array.shape, "dtype": str(array.dtype), "key": key, "array": stored}

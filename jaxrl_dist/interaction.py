@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_dist.keys import is_key
+
 
 class Transition(NamedTuple):
     """What one environment step leaves behind; `next_observation` is the true successor, never one after a reset."""
@@ -104,5 +106,5 @@ def strengthen(tree: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def _cast_like(x, like):
-    x, dtype = jnp.asarray(x), jnp.asarray(like).dtype
-    return x if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jax.lax.convert_element_type(x, dtype)
+    x, like = jnp.asarray(x), jnp.asarray(like)
+    return x if is_key(like) else jax.lax.convert_element_type(x, like.dtype)

@@ -71,9 +71,7 @@ def learning_curve(
     return _saved(figure, path)
 
 
-def return_distribution(
-    path: Path | None = None, *, predicted: Law, monte_carlo: np.ndarray, title: str
-) -> Figure:
+def return_distribution(path: Path | None = None, *, predicted: Law, monte_carlo: np.ndarray, title: str) -> Figure:
     """Learned distribution function of the return against that of Monte-Carlo returns, one panel per state.
 
     predicted: a law, `[states, atoms]` in any order; monte_carlo: `[states, episodes]` returns of episodes that started

@@ -52,7 +52,8 @@ def squashed_mode(mean: jax.Array, scale: float | jax.Array = 1.0) -> jax.Array:
 def epsilon_greedy(key: jax.Array, values: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """The action of largest value, or any one with probability epsilon: `[..., actions]` -> `[...]`.
 
-    Of equal values the first is taken. The uniform draw includes the best action, which is so taken with probability 1 - epsilon + epsilon / actions.
+    Of equal values the first is taken. The uniform draw includes the best action, whose probability is so 1 - epsilon +
+    epsilon / actions.
     """
     explore_key, action_key = jax.random.split(key)
     shape = values.shape[:-1]

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import doctor, evaluation, training
+from jaxrl_dist import doctor, evaluation, interaction, training
 from jaxrl_dist.agent import Count, Natural, check_configuration, require
 
 
@@ -26,6 +28,10 @@ class RunOptions:
     """first seed; run i has seed + i and draws the same random numbers whatever the other seeds are"""
     num_seeds: Count = 4
     """runs with different seeds, trained together in one program"""
+
+    probe_support: Literal["off", "rewards", "returns"] = "off"
+    """for algorithms with a fixed support, set v_min and v_max from a random rollout: its smallest and largest rewards
+    for ever, or the returns that it found, with a margin"""
 
     eval_every: Natural = 0
     """environment steps between evaluations; 0: a twentieth of the total"""
@@ -94,6 +100,8 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     if config.replay_capacity > options.total_steps:
         # A ring that never wraps holds the same rows at any larger size.
         config = dataclasses.replace(config, replay_capacity=max(options.total_steps, config.warmup_steps))
+    if options.probe_support != "off":
+        config = _with_probed_support(config, env, env_params, options)
     agent = make_agent(config, env, env_params)
     training.iterations_for(agent, options.total_steps)
     evaluation.episode_limit(env_params, options.eval_max_steps)
@@ -104,6 +112,46 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
         )
         require(options.name != "", "--resume needs --name, the run to continue")
     return Problem(algorithm, make_agent, config, env, env_params, options)
+
+
+def _with_probed_support(config: Any, env, env_params, options: RunOptions) -> Any:
+    """The configuration with v_min and v_max that cover what a random policy sees (`--probe-support`)."""
+    require(
+        hasattr(config, "v_min"),
+        f"--probe-support is {options.probe_support}; it is for algorithms with a fixed support (--v-min, --v-max)",
+    )
+    rewards, ended = map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, options.seed))
+    if options.probe_support == "rewards":
+        # For as long as the discount lets rewards count, which is beyond any time limit: targets bootstrap there.
+        require(config.discount < 1, "--probe-support is rewards; it needs --discount below 1")
+        low, high = (float(bound) / (1 - config.discount) for bound in (rewards.min(), rewards.max()))
+        low, high = (min(low, 0.0), max(high, 0.0)) if ended.any() else (low, high)
+    else:
+        returns, following = np.zeros_like(rewards), np.full(rewards.shape[1], np.nan)  # unfinished episodes: NaN
+        for time in reversed(range(len(rewards))):
+            returns[time] = following = rewards[time] + config.discount * np.where(ended[time], 0, following)
+        require(
+            bool(np.isfinite(returns).any()),
+            f"--probe-support is returns, but no episode ended in {len(rewards)} random steps; use rewards",
+        )
+        low, high = float(np.nanmin(returns)), float(np.nanmax(returns))
+        low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)
+    require(low < high, f"--probe-support is {options.probe_support}, but random actions found no reward but {low:g}")
+    return dataclasses.replace(config, v_min=low, v_max=high)
+
+
+def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 32):
+    """Rewards of uniform random actions, and where episodes ended: both `[steps, num_envs]`."""
+    start_key, loop_key = jax.random.split(jax.random.key(seed))
+    action_space = env.action_space(env_params)
+
+    def one(batch, time):
+        action_key, step_key = jax.random.split(jax.random.fold_in(loop_key, time))
+        action = jax.vmap(action_space.sample)(jax.random.split(action_key, num_envs))
+        batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
+        return batch, (transition.reward, transition.terminated | transition.truncated)
+
+    return jax.lax.scan(one, interaction.start(env, env_params, start_key, num_envs), jnp.arange(steps))[1]
 
 
 def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from rich.table import Table
 from jaxrl_dist import plotting, portable, recording, reporting, statistics, training
 from jaxrl_dist.agent import ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
+from jaxrl_dist.keys import is_key
 from jaxrl_dist.problem import Problem, RunOptions, action_bounds
 
 CHUNK_SECONDS = 0.5
+CLIPPED_MASS_TO_WARN_OF = 0.05
 
 
 class NonFiniteMetric(RuntimeError):
@@ -73,6 +75,7 @@ class _Session:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=options.checkpoint_keep)
         self.training_seconds = 0.0
         self.interrupted = False
+        self.warned_of_clipping = False
 
     def _interval(self, env_steps: int, default_parts: int) -> int:
         """Iterations between two events, at least one; `env_steps` 0 divides the run into `default_parts`."""
@@ -128,6 +131,10 @@ class _Session:
             "memory": f"{_megabytes(total)} predicted for all runs, {_megabytes(replay)} of it replay",
             "folder": str(self.folder),
         }
+        if hasattr(self.problem.config, "v_min"):
+            config, probed = self.problem.config, options.probe_support
+            source = "" if probed == "off" else f", from the {probed} of random actions"
+            rows["support"] = f"{config.num_atoms} atoms from {config.v_min:g} to {config.v_max:g}{source}"
         for key, value in rows.items():
             table.add_row(f"[bold]{key}", value)
         self.console.print(table)
@@ -271,7 +278,20 @@ class _Session:
             ]
         recorder.append_evaluations(episode_rows)
         recorder.append(rows)
+        self._warn_of_clipping(rows)
         self.last_returns = episodes.episode_return
+
+    def _warn_of_clipping(self, rows: list[dict[str, Any]]) -> None:
+        """Say once when much of the targets' mass lies outside the support of a categorical agent."""
+        clipped = max((row.get("clipped_mass", 0.0) for row in rows), default=0.0)
+        if clipped > CLIPPED_MASS_TO_WARN_OF and not self.warned_of_clipping:
+            self.warned_of_clipping = True
+            config = self.problem.config
+            self.console.print(
+                f"[yellow]clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps: so much of the "
+                f"targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen them, or use "
+                "--probe-support"
+            )
 
     def _require_finite(self, state: training.Training) -> None:
         broken_at = np.asarray(state.broken_at)
@@ -382,7 +402,7 @@ def _stop_on_signal(session: _Session) -> Iterator[None]:
 
 def _bytes(tree) -> int:
     def size(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if is_key(x):
             x = jax.eval_shape(jax.random.key_data, x)
         return math.prod(x.shape) * x.dtype.itemsize
 

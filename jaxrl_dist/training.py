@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_dist import evaluation
 from jaxrl_dist.agent import Agent, ConfigurationError
+from jaxrl_dist.keys import is_key
 
 RunsMode = Literal["auto", "vmap", "map"]
 
@@ -293,15 +294,11 @@ def _over_runs(function, mode: RunsMode, shared: int, in_place: bool, *arguments
 
 def _plain(tree):
     """The tree with typed keys as their raw data."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 def _keyed(tree, like):
     """The tree with raw data wrapped as keys wherever `like` has typed keys."""
     flat = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=False)
-    leaves = [jax.random.wrap_key_data(x, impl=jax.random.key_impl(key)) if _is_key(key) else x for x, key in flat]
+    leaves = [jax.random.wrap_key_data(x, impl=jax.random.key_impl(key)) if is_key(key) else x for x, key in flat]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
-
-def _is_key(x) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -13,6 +13,7 @@ from jaxrl_dist.agent import (
     ConfigurationError,
     Count,
     Fraction,
+    Layers,
     Natural,
     NonNegative,
     Positive,
@@ -21,6 +22,7 @@ from jaxrl_dist.agent import (
     check_replay,
     configuration,
     continuous_action_size,
+    discrete_action_count,
     require,
 )
 
@@ -34,6 +36,7 @@ class Config:
     noise: NonNegative = 0.0
     offset: Real = -1.0
     hidden: tuple[int, ...] = (8, 8)
+    streams: Layers = (8,)
     kind: str = "relu"
     options: tuple[str, ...] = ()
     fast: bool = False
@@ -89,6 +92,7 @@ def test_accepts_the_edges_of_the_ranges_and_arrays_of_a_sweep():
     check_configuration(Config())
     check_configuration(Config(rate=0.0, noise=0.0, temperature=1e-30, delay=0, width=1, offset=-1e30))
     check_configuration(Config(rate=np.array([0.0, 1.0])))
+    check_configuration(Config(hidden=(), streams=(1, 1, 1)))  # only some networks can do without a hidden layer
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,8 @@ def test_accepts_the_edges_of_the_ranges_and_arrays_of_a_sweep():
         ({"noise": float("inf")}, "--noise is inf; it must be finite and in [0, inf)"),
         ({"offset": float("-inf")}, "--offset is -inf; it must be finite"),
         ({"hidden": (8, 0)}, "--hidden is (8, 0); it must be finite and in [1, inf)"),
+        ({"streams": (8, 0)}, "--streams is (8, 0); it must be finite and in [1, inf)"),
+        ({"streams": ()}, "--streams is (); it must be finite and in [1, inf)"),
     ],
 )
 def test_message_names_the_option_its_value_and_what_is_allowed(change, message):
@@ -118,11 +124,14 @@ def test_one_bad_value_of_a_sweep_is_found():
 
 def test_the_defaults_of_every_algorithm_are_allowed():
     from jaxrl_dist import cli
+    from jaxrl_dist.problem import RunOptions, split_preset
 
     for name in cli.algorithms():
         module = cli.find_algorithm(name)
         for preset in ({}, *module.PRESETS.values()):
-            check_configuration(module.Config(**preset))
+            of_the_run, of_the_algorithm = split_preset(preset)
+            check_configuration(RunOptions(**of_the_run))
+            check_configuration(module.Config(**of_the_algorithm))
 
 
 def test_require():
@@ -167,6 +176,30 @@ def toy(action_space=None, observation_space=None):
 def test_continuous_action_size_says_what_does_not_fit(env, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         continuous_action_size(*env)
+    assert "\n" not in str(error.value)
+
+
+def test_discrete_action_count():
+    count = discrete_action_count(*gymnax.make("CartPole-v1"))
+    assert (count, type(count)) == (2, int)
+    for shape in ((3,), (4, 5), (6, 5, 4)):
+        assert discrete_action_count(toy(spaces.Discrete(7), spaces.Box(0, 1, shape)), None) == 7
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (gymnax.make("Pendulum-v1"), "--env-id is Pendulum-v1, whose actions are continuous; .* a finite choice"),
+        (
+            (toy(spaces.Discrete(2), spaces.Box(0, 1, ())), None),
+            r"whose observations have shape \(\); .* needs vectors",
+        ),
+        ((toy(spaces.Discrete(2), spaces.Box(0, 1, (1, 2, 3, 4))), None), r"have shape \(1, 2, 3, 4\); .* images"),
+    ],
+)
+def test_discrete_action_count_says_what_does_not_fit(env, message):
+    with pytest.raises(ConfigurationError, match=message) as error:
+        discrete_action_count(*env)
     assert "\n" not in str(error.value)
 
 

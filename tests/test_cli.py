@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it: help, exit codes, one clear line for bad input."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl_dist import cli
+from jaxrl_dist.problem import RunOptions, split_preset
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = sorted(cli.algorithms())
@@ -29,12 +31,8 @@ def test_algorithms_are_found():
     assert {"tqc", "sac", "td3", "ddpg"} <= set(ALGORITHMS)
 
 
-@pytest.mark.parametrize("name", ["tqc", "ddpg"])
+@pytest.mark.parametrize("name", ["tqc", "rainbow"])
 def test_help_lists_every_option_with_meaning_and_default(name):
-    import dataclasses
-
-    from jaxrl_dist.problem import RunOptions
-
     module = cli.find_algorithm(name)
     done = run(module.__file__, "--help")
     assert done.returncode == 0, done.stderr
@@ -78,6 +76,43 @@ def test_list_doctor_and_unknown_algorithm():
     assert "tqc" in unknown.stdout
 
 
+def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatch):
+    """Without --env-id the first preset's environment; total_steps of its preset, and everything else by default."""
+    from jaxrl_dist import runner
+    from jaxrl_dist.algorithms.value_based import dqn
+
+    asked = []
+    monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
+    presets = {"CartPole-v1": {"total_steps": 777, "warmup_steps": 64, "hidden": (8,)}, "small": {"total_steps": 900}}
+    common = ["--batch-size", "16"]
+    for arguments in (
+        [],
+        ["--total-steps", "555"],
+        ["--preset", "small", "--warmup-steps", "32"],
+        ["--preset", "none"],
+    ):
+        cli.main(dqn.Config, dqn.make_agent, presets, common + arguments)
+    assert {problem.options.env_id for problem in asked} == {"CartPole-v1"}
+    assert [problem.options.total_steps for problem in asked] == [777, 555, 900, RunOptions().total_steps]
+    assert [problem.config.hidden for problem in asked] == [(8,), (8,), (128, 128), (128, 128)]
+    assert [problem.config.warmup_steps for problem in asked] == [64, 64, 32, dqn.Config().warmup_steps]
+    assert {problem.config.batch_size for problem in asked} == {16}
+    assert [problem.config.replay_capacity for problem in asked] == [777, 555, 900, RunOptions().total_steps]
+
+
+def test_split_preset():
+    of_the_run, of_the_algorithm = split_preset({"total_steps": 5, "discount": 0.9, "eval_every": 2, "hidden": (1,)})
+    assert of_the_run == {"total_steps": 5, "eval_every": 2}
+    assert of_the_algorithm == {"discount": 0.9, "hidden": (1,)}
+
+
+def test_two_runs_have_no_one_picture_of_distributions(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.command(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--distribution"])
+    assert exit.value.code == 2
+    assert "RUN is 2 folders; --distribution draws one" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_train_evaluate_and_plot(tmp_path):
     """A small run with everything on, then the commands that read it."""
@@ -98,6 +133,14 @@ def test_train_evaluate_and_plot(tmp_path):
     plotted = run("-m", "jaxrl_dist", "plot", folder, "--out", tmp_path / "all.png")
     assert plotted.returncode == 0, plotted.stdout + plotted.stderr
     assert (tmp_path / "all.png").stat().st_size > 0
+    picture = tmp_path / "laws.png"
+    drawn = run("-m", "jaxrl_dist", "plot", folder, "--distribution", "--out", picture, "--states", "2")
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    unknown = run("-m", "jaxrl_dist", "plot", folder, "--distribution", "--run-seed", "9", "--out", picture)
+    assert unknown.returncode == 2
+    assert "--run-seed is 9" in unknown.stdout
+    assert "holds the seeds [0, 1]" in " ".join(unknown.stdout.split())
     missing = run("-m", "jaxrl_dist", "evaluate", tmp_path / "nothing")
     assert missing.returncode == 2
     assert "nothing" in missing.stdout

@@ -10,6 +10,7 @@ from toys import Toy, ToyParams
 
 from jaxrl_dist import evaluation, interaction
 from jaxrl_dist.agent import Agent
+from jaxrl_dist.distributional.law import Law, equally_weighted
 
 PUSH = 0.25  # the constant action of the evaluation policy, in both components
 
@@ -123,10 +124,11 @@ def erratic(state, observation, key):
     return jax.random.uniform(key, (observation.shape[0], 1), minval=-1, maxval=1), jnp.zeros(observation.shape[0])
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "horizon", "spread"))
+@functools.partial(jax.jit, static_argnames=("policy", "spread"))
 def distributions(policy, params, discount, horizon, spread=8):
     agent = fake_agent(
-        target_policy=policy, predict=lambda state, observation, action: jnp.concatenate([observation, action], -1)
+        target_policy=policy,
+        predict=lambda state, observation, action: equally_weighted(jnp.concatenate([observation, action], -1)),
     )
     return evaluation.return_distributions(
         agent, Walk(), params, None, jax.random.key(0),
@@ -168,7 +170,7 @@ def test_termination_stops_the_sum():
 
 
 def test_clones_share_state_and_first_action_with_the_prediction():
-    predicted, returns = distributions(erratic, WalkParams(), 0.0, horizon=1)
+    (predicted, _), returns = distributions(erratic, WalkParams(), 0.0, horizon=1)
     np.testing.assert_array_equal(predicted[:, 0], [0, 2, 4, 6])  # states after 0 to `spread` = 8 steps
     first_action = predicted[:, 2]
     assert len(np.unique(first_action)) == STATES
@@ -177,3 +179,78 @@ def test_clones_share_state_and_first_action_with_the_prediction():
     # Later actions are drawn afresh by every clone.
     rest = np.asarray(distributions(erratic, WalkParams(), 1.0, horizon=1).monte_carlo - first_action[:, None])
     assert len(np.unique(rest)) > 0.95 * rest.size
+
+
+# -- the rollouts end early -------------------------------------------------------------------------------------------
+
+
+def test_ending_early_changes_no_return():
+    """Rollouts stop when the last episode has terminated; a horizon far beyond it gives the same returns."""
+    params = WalkParams(end_probability=0.5)
+    near, far = (distributions(steady, params, 0.9, horizon=h).monte_carlo for h in (60, 2**30))
+    np.testing.assert_array_equal(near, far)  # 2^30 steps could not be waited for
+    shorter = distributions(steady, params, 0.9, horizon=2).monte_carlo
+    assert (shorter <= near).all()
+    assert (shorter < near).mean() == pytest.approx(0.5**3, abs=0.02)  # longer than one step and two more
+
+
+def test_the_horizon_counts_steps_after_the_first():
+    returns = distributions(steady, WalkParams(), 0.5, horizon=0).monte_carlo
+    np.testing.assert_array_equal(returns, np.ones((STATES, ROLLOUTS)))
+
+
+@pytest.mark.parametrize(
+    ("discount", "steps"), [(0.9, 44), (0.99, 459), (0.5, 7), (0.0, 1), (0.999, 2000), (1.0, 2000)]
+)
+def test_horizon_leaves_a_hundredth_of_the_weight(discount, steps):
+    found = jax.jit(evaluation.horizon)(discount)
+    assert found == steps
+    assert found.dtype == jnp.int32
+    if steps < evaluation.LONGEST_ROLLOUT and discount > 0:
+        assert discount**steps < evaluation.NEGLIGIBLE_WEIGHT <= discount ** (steps - 1)
+
+
+def test_without_time_limit():
+    endless = evaluation.without_time_limit(ToyParams(longest=9, max_steps_in_episode=7))
+    assert endless.max_steps_in_episode > 10**9
+    assert endless.longest == 9
+    assert evaluation.without_time_limit(object()) is None
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_by_hand():
+    # First state: mass .75 at 0 and .25 at 4 against 0, 0, 4, 4: a quarter of the mass is moved by 4, mean 1 against 2.
+    # Second state: all mass at 5 against 1, 1, 1, 5: three quarters moved by 4, mean 5 against 2.
+    predicted = Law(jnp.array([[4.0, 0.0], [5.0, 100.0]]), jnp.array([[0.25, 0.75], [1.0, 0.0]]))
+    found = evaluation.ReturnDistributions(predicted, jnp.array([[4.0, 0.0, 4.0, 0.0], [1.0, 5.0, 1.0, 1.0]]))
+    assert evaluation.calibration(found).calibration_w1 == pytest.approx((1 + 3) / 2)
+    assert evaluation.calibration(found).overestimation == pytest.approx((-1 + 3) / 2)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5])
+def test_calibration_of_a_prediction_that_is_right_but_for_a_shift(shift):
+    """Steps that end with probability 1/2: the law of the return is known, P(return = its k-th value) = 2^-(k+1)."""
+    gamma, steps = 0.8, np.arange(25)
+    atoms = 1 + (1 + BONUS) * gamma * (1 - gamma**steps) / (1 - gamma) + shift
+
+    def predict(state, observation, action):
+        shape = (observation.shape[0], len(steps))
+        return Law(jnp.broadcast_to(atoms, shape), jnp.broadcast_to(0.5 ** (steps + 1), shape))
+
+    @jax.jit
+    def calibrate(key):
+        found = evaluation.return_distributions(
+            fake_agent(target_policy=steady, predict=predict), Walk(), WalkParams(end_probability=0.5), None, key,
+            discount=gamma, states=STATES, rollouts=ROLLOUTS, horizon=evaluation.horizon(gamma), spread=8,
+        )  # fmt: skip
+        return evaluation.calibration(found)
+
+    distance, overestimation = calibrate(jax.random.key(3))
+    # The deviation of a return is about 1.4, so that of a mean over all rollouts 0.016.
+    assert overestimation == pytest.approx(shift, abs=0.05)
+    if shift:
+        assert distance == pytest.approx(abs(shift), abs=0.05)
+    else:
+        assert 0 < distance < 0.1  # the sampling error of a state's rollouts

@@ -9,6 +9,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.plotting import COLOURS, learning_curve, return_distribution
 from jaxrl_dist.statistics import bootstrap_interval
 
@@ -21,6 +22,12 @@ def run(scores, metric="evaluation_return"):
             rows.append({"env_steps": 1000 * point, "seed": seed, "loss": 1.0, metric: score})
             rows.append({"env_steps": 1000 * point + 500, "seed": seed, "loss": 1.0, metric: np.nan})
     return pd.DataFrame(rows)
+
+
+def even(atoms):
+    """The law of equally weighted atoms, `[states, atoms]`."""
+    atoms = np.asarray(atoms, float)
+    return Law(atoms, np.full(atoms.shape, 1 / atoms.shape[-1]))
 
 
 scores = np.random.default_rng(0).normal(size=(5, 8)).cumsum(axis=0)
@@ -101,7 +108,7 @@ def test_return_distribution_panels(tmp_path):
     rng = np.random.default_rng(1)
     predicted, monte_carlo = rng.normal(size=(5, 25)), rng.normal(1, 2, size=(5, 40))
     figure = return_distribution(
-        tmp_path / "returns.svg", predicted=predicted, monte_carlo=monte_carlo, title="learned against observed"
+        tmp_path / "returns.svg", predicted=even(predicted), monte_carlo=monte_carlo, title="learned against observed"
     )
     assert "<svg" in (tmp_path / "returns.svg").read_text()
     panels = [axes for axes in figure.axes if axes.get_lines()]
@@ -116,7 +123,7 @@ def test_return_distribution_panels(tmp_path):
 
 
 def test_return_distribution_draws_the_distribution_functions():
-    figure = return_distribution(predicted=np.array([[3.0, 1.0]]), monte_carlo=np.array([[2.0] * 7]), title="by hand")
+    figure = return_distribution(predicted=even([[3.0, 1.0]]), monte_carlo=np.array([[2.0] * 7]), title="by hand")
     observed, learned = figure.axes[0].get_lines()
     np.testing.assert_allclose(learned.get_xdata()[1:-1], [1, 2, 3])
     np.testing.assert_allclose(learned.get_ydata(), [0, 0.5, 0.5, 1, 1])
@@ -124,18 +131,31 @@ def test_return_distribution_draws_the_distribution_functions():
     assert {line.get_drawstyle() for line in (observed, learned)} == {"steps-post"}
 
 
+def test_return_distribution_weighs_atoms_by_their_masses():
+    masses = np.array([[0.25, 0.0, 0.75]])
+    figure = return_distribution(
+        predicted=Law(np.array([[3.0, 1e6, 1.0]]), masses), monte_carlo=np.array([[2.0, 4.0]]), title="by hand"
+    )
+    _, learned = figure.axes[0].get_lines()
+    np.testing.assert_allclose(learned.get_xdata()[1:-1], [1, 2, 3, 4])  # not the atom that has no mass
+    np.testing.assert_allclose(learned.get_ydata(), [0, 0.75, 0.75, 1, 1, 1])
+    # |F - G| is .75, .25 and .5 on [1, 2], [2, 3] and [3, 4]; the means are 1.5 and 3.
+    assert figure.axes[0].get_title("right").split() == ["W₁", "1.50", "Δmean", "\N{MINUS SIGN}1.50"]
+
+
 def test_return_distribution_of_certain_returns():
-    figure = return_distribution(predicted=np.zeros((2, 3)), monte_carlo=np.zeros((2, 4)), title="all zero")
+    figure = return_distribution(predicted=even(np.zeros((2, 3))), monte_carlo=np.zeros((2, 4)), title="all zero")
     assert figure.axes[0].get_title("right").split() == ["W₁", "0", "Δmean", "0"]
 
 
 @pytest.mark.parametrize(
     ("predicted", "monte_carlo", "message"),
     [
-        (np.zeros(3), np.zeros((1, 3)), r"predicted has shape \(3,\)"),
-        (np.zeros((1, 3)), np.zeros((1, 0)), r"monte_carlo has shape \(1, 0\)"),
-        (np.zeros((2, 3)), np.zeros((3, 3)), "predicted has 2 states, but monte_carlo has 3"),
-        (np.full((1, 3), np.nan), np.zeros((1, 3)), "predicted holds 3 values that are not finite"),
+        (even(np.zeros(3)), np.zeros((1, 3)), r"predicted has shape \(3,\)"),
+        (even(np.zeros((1, 3))), np.zeros((1, 0)), r"monte_carlo has shape \(1, 0\)"),
+        (even(np.zeros((2, 3))), np.zeros((3, 3)), "predicted has 2 states, but monte_carlo has 3"),
+        (even(np.full((1, 3), np.nan)), np.zeros((1, 3)), "predicted holds 3 values that are not finite"),
+        (Law(np.zeros((1, 2)), np.full((1, 2), np.inf)), np.zeros((1, 3)), "masses holds 2 values that are not"),
     ],
 )
 def test_return_distribution_rejects(predicted, monte_carlo, message):
@@ -148,10 +168,11 @@ def test_leaves_pyplot_backend_and_settings_alone(tmp_path):
 import sys, matplotlib, pandas, numpy
 settings = lambda: {{key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}}
 before = settings()  # without the backend, whose mere look-up imports pyplot to choose one
-from jaxrl_dist.plotting import learning_curve, return_distribution
+from jaxrl_dist.plotting import Law, learning_curve, return_distribution
 frame = pandas.DataFrame({{"env_steps": [0, 0, 9, 9], "seed": [0, 1, 0, 1], "evaluation_return": [1.0, 2, 3, 4]}})
 learning_curve({{"a": frame, "b": frame}}, {str(tmp_path / "a.png")!r}, title="a")
-return_distribution({str(tmp_path / "b.png")!r}, predicted=numpy.eye(2), monte_carlo=numpy.eye(2), title="b")
+law = Law(numpy.eye(2), numpy.full((2, 2), 0.5))
+return_distribution({str(tmp_path / "b.png")!r}, predicted=law, monte_carlo=numpy.eye(2), title="b")
 assert "matplotlib.pyplot" not in sys.modules
 assert settings() == before
 """

@@ -100,3 +100,41 @@ def test_mode_is_within_the_scale():
 def test_rejects_shapes_that_would_broadcast():
     with pytest.raises(AssertionError):
         policies.squashed_gaussian_log_density(jnp.zeros((3, 2)), jnp.zeros((3, 2)), jnp.zeros(2))
+
+
+# -- choices of actions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_epsilon_greedy_frequencies(epsilon):
+    values = jnp.broadcast_to(jnp.array([[1.0, 3.0, -2.0, 0.0], [0.0, 0.0, 0.0, 5.0]]), (40_000, 2, 4))
+    actions = np.asarray(jax.jit(policies.epsilon_greedy)(jax.random.key(0), values, epsilon))
+    assert actions.shape == (40_000, 2)
+    assert actions.dtype == np.int32
+    for column, best in enumerate((1, 3)):
+        expected = np.full(4, epsilon / 4) + (1 - epsilon) * (np.arange(4) == best)
+        frequencies = np.bincount(actions[:, column], minlength=4) / len(actions)
+        np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / len(actions)) if epsilon else 0)
+    # Every row and environment decides for itself.
+    if epsilon == 1:
+        assert abs(np.corrcoef(actions.T)[0, 1]) < 0.02
+        assert abs(np.corrcoef(actions[1:, 0], actions[:-1, 0])[0, 1]) < 0.02
+
+
+def test_of_equal_values_the_first_is_taken():
+    values = jnp.array([[2.0, 5.0, 5.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(policies.epsilon_greedy(jax.random.key(0), values, 0.0), [1, 0])
+
+
+def test_whether_to_explore_and_what_to_do_are_independent():
+    """One key for both draws would make some actions rare at small epsilon."""
+    values = jnp.broadcast_to(jnp.array([1.0, 0, 0, 0, 0]), (200_000, 5))
+    actions = np.asarray(policies.epsilon_greedy(jax.random.key(1), values, 0.1))
+    np.testing.assert_allclose(np.bincount(actions, minlength=5)[1:] / len(actions), 0.02, atol=0.002)
+
+
+def test_linear_schedule():
+    times = jnp.array([0, 25, 50, 100, 101, 10_000])
+    np.testing.assert_allclose(policies.linear_schedule(1.0, 0.2, 100, times), [1, 0.8, 0.6, 0.2, 0.2, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(policies.linear_schedule(0.4, 1.0, 100, times), [0.4, 0.55, 0.7, 1, 1, 1], rtol=1e-6)
+    assert jax.jit(policies.linear_schedule, static_argnums=2)(0.0, 0.0, 7, jnp.int32(3)) == 0

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from jaxrl_dist import cli, experience, problem, recording, reporting, runner
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.algorithms.value_based import c51
 from jaxrl_dist.checkpointing import Checkpoints, DamagedCheckpoint
 
 CONFIG = tqc.Config(
@@ -26,12 +28,13 @@ CONFIG = tqc.Config(
 )  # fmt: skip
 OPTIONS = problem.RunOptions(
     env_options=("max_steps_in_episode=20",), total_steps=232, num_seeds=2, eval_every=40, eval_episodes=3,
-    checkpoint_every=50, plots=False, device="cpu",
+    eval_states=2, eval_rollouts=3, checkpoint_every=50, plots=False, device="cpu",
 )  # fmt: skip
 # The same run from the command line.
 ARGUMENTS = [
     "--env-options", "max_steps_in_episode=20", "--total-steps", "232", "--num-seeds", "2", "--eval-every", "40",
-    "--eval-episodes", "3", "--checkpoint-every", "50", "--plots", "False", "--num-envs", "2", "--warmup-steps", "32",
+    "--eval-episodes", "3", "--eval-states", "2", "--eval-rollouts", "3",
+    "--checkpoint-every", "50", "--plots", "False", "--num-envs", "2", "--warmup-steps", "32",
     "--batch-size", "8", "--actor-hidden", "8", "--critic-hidden", "8", "--num-critics", "2", "--num-quantiles", "3",
     "--quantiles-dropped", "1", "--normalize-observations", "True", "--preset", "none",
 ]  # fmt: skip
@@ -78,6 +81,8 @@ def test_a_run_leaves_what_it_promises(finished):
     # An episode of Pendulum lasts 20 steps here, so by 232 steps every seed has finished some.
     assert (metrics.episode_length.dropna() == 20).all()
     assert len(metrics.episode_length.dropna()) > 0
+    assert metrics.calibration_w1.gt(0).all()
+    assert (metrics.overestimation.abs() <= metrics.calibration_w1 + 1e-4).all()
     by_hand = evaluations.groupby(["env_steps", "seed"]).episode_return.mean().to_numpy()
     np.testing.assert_allclose(metrics.evaluation_return, by_hand, rtol=1e-5)
     config = recording.read_config(finished)
@@ -162,6 +167,8 @@ def test_resume_refuses_other_settings(finished):
         train(folder, dataclasses.replace(CONFIG, discount=0.9), resume="latest")
     with pytest.raises(ConfigurationError, match="--seed is 5"):
         train(folder, resume="latest", seed=5)
+    with pytest.raises(ConfigurationError, match=r"--eval-rollouts is 9.*started with 3"):
+        train(folder, resume="latest", eval_rollouts=9)
 
 
 def test_folder_in_use(finished):
@@ -202,6 +209,22 @@ def test_evaluate_a_saved_run(finished):
     assert (returns < 0).all()  # a cost at every step of Pendulum
 
 
+def test_draw_return_distributions_of_a_saved_run(finished, tmp_path):
+    def draw(name, **arguments):
+        console = Console(width=200)
+        options = {"run_seed": None, "states": 2, "seed": 0} | arguments
+        reporting.plot_distribution(finished, cli.find_algorithm, tmp_path / name, console, **options)
+        return (tmp_path / name).read_bytes()
+
+    first = draw("first.png")
+    assert first.startswith(b"\x89PNG")
+    assert draw("second_run.png", run_seed=1) != first
+    with pytest.raises(ConfigurationError, match=r"--run-seed is 7; .* holds the seeds \[0, 1\]"):
+        draw("none.png", run_seed=7)
+    with pytest.raises(ConfigurationError, match="--states is 0; it must be at least 1"):
+        draw("none.png", states=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -219,6 +242,9 @@ def test_evaluate_a_saved_run(finished):
         ({"env_id": "Pendulum", "env_options": ()}, "Pendulum-v1"),
         ({"env_options": ("gravity",)}, "--env-options"),
         ({"env_options": ("gravitas=3",)}, "gravitas"),
+        ({"eval_states": -1}, "--eval-states is -1"),
+        ({"eval_rollouts": 0}, "--eval-rollouts is 0"),
+        ({"probe_support": "rewards"}, "--probe-support is rewards; it is for algorithms with a fixed support"),
         ({"resume": "maybe"}, "--resume is 'maybe'"),
         ({"device": "tpu"}, "tpu"),
     ],
@@ -246,3 +272,33 @@ def test_replay_is_as_large_as_asked_when_it_wraps():
     assert prepared.config.replay_capacity == 64
     assert experience.Experience._fields == ("replay", "interaction", "normalizer")
     assert json.dumps(dataclasses.asdict(prepared.config))
+
+
+# -- value-based agents -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", ["rewards", "returns"])
+def test_probed_support_covers_what_random_actions_find(probe):
+    """CartPole: a reward of 1 at every step, and a discount at which about 10 steps count."""
+    options = dataclasses.replace(
+        OPTIONS, env_id="CartPole-v1", env_options=(), total_steps=100, probe_support=probe, seed=3
+    )
+    config = c51.Config(warmup_steps=32, batch_size=8, discount=0.9)
+    found = problem.prepare("c51", c51.make_agent, config, options).config
+    assert dataclasses.replace(found, v_min=config.v_min, v_max=config.v_max, replay_capacity=100_000) == config
+    if probe == "rewards":
+        assert (found.v_min, found.v_max) == pytest.approx((0, 10))
+    else:
+        # Last steps are worth 1, and no episode of random actions lasts long: between 5 and 10 at most, plus a margin.
+        highest = (found.v_max + 0.5) / 1.5
+        assert 5 < highest < 10
+        assert found.v_min == pytest.approx(1 - 0.5 * (highest - 1), rel=1e-4)
+
+
+def test_support_without_rewards_is_refused():
+    options = dataclasses.replace(
+        OPTIONS, env_id="MountainCar-v0", env_options=(), total_steps=100, probe_support="returns"
+    )
+    config = c51.Config(warmup_steps=32, batch_size=8, discount=0.0)
+    with pytest.raises(ConfigurationError, match="random actions found no reward but -1"):
+        problem.prepare("c51", c51.make_agent, config, options)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from toys import Toy, ToyParams
 
-from jaxrl_dist import envs, experience, training
-from jaxrl_dist.agent import Agent, ConfigurationError, Positive, Real, configuration
+from jaxrl_dist import envs, evaluation, experience, training
+from jaxrl_dist.agent import Agent, ConfigurationError, Fraction, Positive, Real, configuration
 from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.distributional.law import equally_weighted
 from jaxrl_dist.interaction import average
 
 # -- a learner that compiles in no time -------------------------------------------------------------------------------
@@ -315,6 +316,58 @@ assert here.training.Programs(here.make_learner, here.Config(), here.ENV, here.P
     with np.load(path) as file:
         for one, name in zip(numbers(train_and_evaluate(chunks)), file.files, strict=True):
             np.testing.assert_allclose(file[name], one, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Shifted:
+    shift: Real = 0.0
+    discount: Fraction = 0.5
+
+
+def make_shifted(config, env, env_params) -> Agent:
+    """Does nothing; predicts the true return of episodes that never end, plus a shift."""
+
+    def target_policy(state, observation, key):
+        return jnp.zeros((observation.shape[0], 2)), jnp.zeros(observation.shape[0])
+
+    def predict(state, observation, action):
+        # The reward at time t is t: sum of gamma^k (t + k) = t / (1 - gamma) + gamma / (1 - gamma)^2.
+        gamma, time = config.discount, observation[:, 1:2]
+        return equally_weighted(time / (1 - gamma) + gamma / (1 - gamma) ** 2 + config.shift)
+
+    return Agent(
+        lambda key: jax.random.uniform(key), lambda state: (state, {"loss": average(state)}),
+        lambda state, observation, key: target_policy(state, observation, key)[0], target_policy, predict, None,
+        warmup_steps=8, steps_per_iteration=2, updates_per_iteration=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_calibrate_compares_each_run_beyond_the_time_limit(mode):
+    # Episodes of 1000 steps, cut after 20; the law of the first 20 steps alone would be off by more than .05.
+    params, sweep = ToyParams(shortest=1000, longest=1000, max_steps_in_episode=20), np.float32([0, 0.5, -2, 3])
+    chunks = training.Programs(
+        make_shifted, Shifted(shift=sweep, discount=0.9), ENV, params, num_runs=RUNS, runs_mode=mode, eval_episodes=2,
+        eval_states=3, eval_rollouts=5,
+    )  # fmt: skip
+    assert chunks.calibrates
+    training_keys, evaluation_keys = keys()
+    found = chunks.calibrate(chunks.begin(training_keys), evaluation_keys)
+    assert found.overestimation.shape == (RUNS,)
+    # Left out: less than a hundredth of the weight, of rewards that are a little above 44.
+    left_out = 0.9 ** int(evaluation.horizon(0.9)) * (44 / 0.1 + 100)
+    assert (found.overestimation >= sweep - 0.05).all()  # the environment's rewards are float16
+    assert (found.overestimation <= sweep + left_out + 0.05).all()
+    np.testing.assert_allclose(found.calibration_w1, np.abs(found.overestimation), rtol=1e-3, atol=1e-3)
+
+
+def test_no_calibration_where_it_cannot_be_or_is_not_wanted():
+    limits = {"eval_episodes": 2, "num_runs": 1, "eval_max_steps": 7}
+    assert not training.Programs(make_shifted, Shifted(), ENV, PARAMS, eval_states=0, **limits).calibrates
+    assert training.Programs(make_shifted, Shifted(), ENV, PARAMS, eval_states=1, **limits).calibrates
 
 
 # -- a real algorithm -------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ class ToyParams(NamedTuple):
     max_steps_in_episode: int = 100
     noise: float = 0.0
 
+    def replace(self, **changes):
+        return self._replace(**changes)
+
 
 class ToyState(NamedTuple):
     label: jax.Array

@@ -95,15 +95,32 @@ class Config:
     power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
+# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's.
 PRESETS = {
     "CartPole-v1": {
-        "total_steps": 200_000, "warmup_steps": 1_000, "replay_capacity": 50_000, "batch_size": 128,
-        "target_period": 250, "learning_rate": 5e-4, "exploration_steps": 20_000,
+        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "target_period": 100, "learning_rate": 5e-4,
+        "num_quantiles": 32,
+    },
+    "Acrobot-v1": {
+        "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "target_period": 100, "learning_rate": 5e-4,
+        "num_quantiles": 32,
+    },
+    "Catch-bsuite": {
+        "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
+        "exploration_steps": 5_000, "hidden": (64, 64),
+        "num_quantiles": 8,
+    },
+    "Breakout-MinAtar": {
+        "total_steps": 300_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
+        "hidden": (128,),
+        "num_quantiles": 32,
     },
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
-        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
-        "exploration_steps": 1_000_000, "hidden": (512,),
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
+        "exploration_steps": 250_000, "hidden": (512,), "learning_rate": 5e-5,
     },
 }  # fmt: skip
 

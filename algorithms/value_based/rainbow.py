@@ -117,15 +117,31 @@ class Config:
     power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
+# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's.
 PRESETS = {
     "CartPole-v1": {
-        "total_steps": 200_000, "warmup_steps": 1_000, "replay_capacity": 50_000, "batch_size": 128,
-        "target_period": 250, "learning_rate": 5e-4, "exploration_steps": 20_000,
+        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "target_period": 100, "learning_rate": 5e-4,
+        "v_min": 0.0, "v_max": 100.0, "annealing_steps": 500_000,
+    },
+    "Acrobot-v1": {
+        "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "target_period": 100, "learning_rate": 5e-4,
+        "v_min": -100.0, "v_max": 0.0, "annealing_steps": 100_000,
+    },
+    "Catch-bsuite": {
+        "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
+        "hidden": (64, 64),
+        "v_min": -1.0, "v_max": 1.0, "num_atoms": 21, "annealing_steps": 20_000,
+    },
+    "Breakout-MinAtar": {
+        "total_steps": 300_000, "batch_size": 32, "hidden": (128,),
+        "v_min": 0.0, "v_max": 30.0, "annealing_steps": 300_000,
     },
     "paper": {
-        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
-        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
-        "exploration_steps": 1_000_000, "hidden": (512,),
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 20_000,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 8_000, "learning_rate": 6.25e-5,
+        "adam_epsilon": 1.5e-4, "annealing_steps": 50_000_000, "hidden": (512,),
     },
 }  # fmt: skip
 

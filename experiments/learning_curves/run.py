@@ -2,11 +2,11 @@
 
 Each (algorithm, environment) pair is trained as a user would train it, by the same runner as the command line, with
 the settings below. What is committed per pair is `ENVIRONMENT/ALGORITHM.csv`, the tidy evaluation record (a row per
-evaluation episode and seed); per environment `summary.csv` and `figure.png`; and `about.json` with the command, the
-configuration, versions and date of every pair.
+evaluation episode and seed), `ENVIRONMENT/metrics/ALGORITHM.csv`, its metrics, and `ENVIRONMENT/ALGORITHM.json` with
+the command, the configuration, versions and date; per environment `summary.csv` and `figure.png`.
 
     python experiments/learning_curves/run.py --environment Pendulum-v1
-    python experiments/learning_curves/run.py --environment brax/hopper
+    python experiments/learning_curves/run.py --environment CartPole-v1
 """
 
 import json
@@ -32,8 +32,14 @@ HOPPER = {
     "temperature_learning_rate": 1e-3,
 }  # fmt: skip
 DOUBLE_PENDULUM = HOPPER | {"num_envs": 4, "warmup_steps": 2_000, "batch_size": 128}
+# The value-based family takes its presets, which differ in nothing but the representation of the return.
+VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow")}
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": {"tqc": {}, "sac": {}, "td3": {}, "ddpg": {}}},
+    "CartPole-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
+    "Acrobot-v1": {"total_steps": 100_000, "algorithms": VALUE_BASED},
+    "Catch-bsuite": {"total_steps": 20_000, "algorithms": VALUE_BASED},
+    "Breakout-MinAtar": {"total_steps": 300_000, "algorithms": {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn")}},
     "brax/hopper": {"total_steps": 100_000, "algorithms": {"sac": HOPPER, "tqc": HOPPER}},
     "brax/inverted_double_pendulum": {
         "total_steps": 30_000,
@@ -43,7 +49,7 @@ SETTINGS = {
 
 
 def main(
-    environment: Literal["Pendulum-v1", "brax/hopper", "brax/inverted_double_pendulum"],
+    environment: Literal[tuple(SETTINGS)],
     algorithms: tuple[str, ...] = (), num_seeds: int = 6,
     eval_episodes: int = 20, out: Path = HERE,
 ) -> None:  # fmt: skip
@@ -60,9 +66,10 @@ def main(
     settings = SETTINGS[environment]
     folder = out / environment.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    for algorithm in algorithms or settings["algorithms"]:
-        module = cli.find_algorithm(algorithm)
-        overrides = {**module.PRESETS.get(environment, {}), **settings["algorithms"][algorithm]}
+    modules = {algorithm: cli.find_algorithm(algorithm) for algorithm in algorithms or settings["algorithms"]}
+    for algorithm, module in modules.items():
+        preset = problem.split_preset(module.PRESETS.get(environment, {}))[1]
+        overrides = {**preset, **settings["algorithms"][algorithm]}
         options = problem.RunOptions(
             env_id=environment, total_steps=settings["total_steps"], num_seeds=num_seeds, eval_episodes=eval_episodes,
             name=f"learning_curves-{time.strftime('%Y-%m-%d_%H-%M-%S')}",
@@ -74,6 +81,8 @@ def main(
         about["command"] = recording.command_line()
         about["wall_seconds"] = round(time.perf_counter() - started)
         recording.read_evaluations(run_folder).to_csv(folder / f"{algorithm}.csv", index=False)
+        (folder / "metrics").mkdir(exist_ok=True)
+        recording.read_metrics(run_folder).to_csv(folder / "metrics" / f"{algorithm}.csv", index=False)
         (folder / f"{algorithm}.json").write_text(json.dumps(about, indent=2) + "\n")
         shutil.copy(run_folder / "return_distribution.png", folder / f"{algorithm}_return_distribution.png")
     summarise(environment, folder)

@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from gymnax.environments import environment, spaces
 
+from jaxrl_dist.experience import Batch
 from jaxrl_dist.interaction import Transition
 
 # -- environments -----------------------------------------------------------------------------------------------------
@@ -73,6 +74,35 @@ class Bandit(environment.Environment):
         return spaces.Box(-1.0, 1.0, (1,))
 
 
+class Choices(Drift):
+    """The drifting point with a choice of three pushes."""
+
+    def step_env(self, key, state, action, params):
+        pushes = jnp.array([[1.0, -0.5], [-0.8, 0.3], [0.1, 0.9]])
+        return super().step_env(key, state, pushes[action], params)
+
+    def action_space(self, params):
+        return spaces.Discrete(3)
+
+
+class Pictures(Choices):
+    """The same point, seen as an image of 10 x 10 pixels and 4 channels."""
+
+    def step_env(self, key, state, action, params):
+        position, *rest = super().step_env(key, state, action, params)
+        return self.picture(position), *rest
+
+    def reset_env(self, key, params):
+        position, state = super().reset_env(key, params)
+        return self.picture(position), state
+
+    def picture(self, position):
+        return jnp.sin(jnp.arange(400.0).reshape(10, 10, 4) * position.sum())
+
+    def observation_space(self, params):
+        return spaces.Box(-1.0, 1.0, (10, 10, 4))
+
+
 def agent_on(algorithm, env, **settings):
     """The algorithm's agent on the environment's default params, and its configuration."""
     config = dataclasses.replace(algorithm.Config(), **settings)
@@ -83,6 +113,13 @@ def agent_on(algorithm, env, **settings):
 TINY = {
     "warmup_steps": 24, "replay_capacity": 40, "batch_size": 5, "discount": 0.9, "polyak": 0.1,
     "actor_learning_rate": 3e-3, "critic_learning_rate": 5e-3, "actor_hidden": (6, 5), "critic_hidden": (5, 4),
+}  # fmt: skip
+
+
+TINY_VALUE = {
+    "num_envs": 2, "steps_per_iteration": 1, "updates_per_iteration": 1, "warmup_steps": 24, "replay_capacity": 40,
+    "batch_size": 5, "discount": 0.9, "target_period": 3, "learning_rate": 0.02, "adam_epsilon": 1e-3,
+    "epsilon_start": 0.9, "epsilon_end": 0.3, "exploration_steps": 60, "hidden": (12, 9),
 }  # fmt: skip
 
 
@@ -108,12 +145,23 @@ def transition(**values) -> Transition:
     return Transition(**(fields | {name: jnp.asarray(value) for name, value in values.items()}))
 
 
+def steps_of(reward, discount) -> Batch:
+    """A batch of which a test of targets sets what they read."""
+    nothing = jnp.zeros((len(reward), 1))
+    return Batch(nothing, jnp.zeros(len(reward), jnp.int32), jnp.asarray(reward), jnp.asarray(discount), nothing)
+
+
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 
 def network(parameters, name: str = "mlp") -> dict[str, np.ndarray]:
-    """The layers of a flax network in float64: kernels `[members, inputs, outputs]`, biases `[members, outputs]`."""
-    layers = parameters["params"][name]
+    """The layers of a flax network in float64: kernels `[members, inputs, outputs]`, biases `[members, outputs]`.
+
+    `name` may be a path, "head/value".
+    """
+    layers = parameters["params"]
+    for part in name.split("/"):
+        layers = layers[part]
     return {key: np.asarray(value, np.float64) for key, value in layers.get("layers", layers).items()}
 
 
@@ -148,11 +196,47 @@ def moved(target: dict, online: dict, rate: float) -> dict:
     return {name: target[name] + rate * (online[name] - target[name]) for name in target}
 
 
+def action_network(parameters) -> dict[str, dict]:
+    """Torso and streams of a value network by their paths, `head/value` where it is duelling."""
+    parts = {"torso/mlp": parameters["params"]["torso"], "head/advantage": parameters["params"]["head"]}
+    if "value" in parts["head/advantage"]:
+        parts["head/value"] = parts["head/advantage"]
+    return {path: network(parameters, path) for path in parts}
+
+
+def action_forward(nets: dict, observation: np.ndarray, num_actions: int) -> tuple[np.ndarray, dict]:
+    """Outputs for every action, `[batch, actions, outputs]`, and the activations on the way."""
+    torso = forward(nets["torso/mlp"], 0, observation)
+    torso[-1] = np.maximum(torso[-1], 0)
+    tape = {"torso/mlp": torso} | {
+        path: forward(net, 0, torso[-1]) for path, net in nets.items() if path != "torso/mlp"
+    }  # fmt: skip
+    outputs = tape["head/advantage"][-1].reshape(len(observation), num_actions, -1)
+    if "head/value" in nets:
+        outputs = tape["head/value"][-1][:, None] + outputs - outputs.mean(1, keepdims=True)
+    return outputs, tape
+
+
+def action_backward(nets: dict, tape: dict, slope: np.ndarray) -> dict[str, dict]:
+    """Gradients of all parts for the slope of a loss in the outputs, `[batch, actions, outputs]`."""
+    gradient = {path: zeros_like(net) for path, net in nets.items()}
+    slopes = {"head/advantage": slope}
+    if "head/value" in nets:
+        slopes = {"head/advantage": slope - slope.mean(1, keepdims=True), "head/value": slope.sum(1)}
+    at_features = sum(
+        backward(nets[path], 0, tape[path], stream.reshape(len(slope), -1), gradient[path])
+        for path, stream in slopes.items()
+    )
+    backward(nets["torso/mlp"], 0, tape["torso/mlp"], at_features * (tape["torso/mlp"][-1] > 0), gradient["torso/mlp"])
+    return gradient
+
+
 class Adam:
     """Adam (Kingma & Ba 2015, algorithm 1) continued from the state of an optax optimiser."""
 
-    def __init__(self, state, name: str | None = "mlp"):
+    def __init__(self, state, name: str | None = "mlp", epsilon: float = 1e-8):
         """`name` is the flax name of the network, None for a single number."""
+        self.epsilon = epsilon
         first, second = optax.tree_utils.tree_get(state, "mu"), optax.tree_utils.tree_get(state, "nu")
         self.time = int(optax.tree_utils.tree_get(state, "count"))
         if name is None:
@@ -167,7 +251,7 @@ class Adam:
             self.first[name] = 0.9 * self.first[name] + 0.1 * slope
             self.second[name] = 0.999 * self.second[name] + 0.001 * slope**2
             mean, square = self.first[name] / (1 - 0.9**self.time), self.second[name] / (1 - 0.999**self.time)
-            updated[name] = parameters[name] - learning_rate * mean / (np.sqrt(square) + 1e-8)
+            updated[name] = parameters[name] - learning_rate * mean / (np.sqrt(square) + self.epsilon)
         return updated
 
 
@@ -233,3 +317,84 @@ def assert_adam_is(state, expected: Adam, name: str | None = "mlp") -> None:
         np.testing.assert_allclose(
             actual.second[key], expected.second[key], rtol=1e-3, atol=1e-9, err_msg=f"second moment of {key}"
         )
+
+
+# -- value-based agents -----------------------------------------------------------------------------------------------
+
+
+def stored_windows(state, key, config) -> dict[str, np.ndarray]:
+    """The n-step transitions that a key draws from the replay of a state, one step after the other, in float64."""
+    rows, replay = jax.device_get(state.experience.replay.rows), state.experience.replay
+    capacity, batch = len(rows.reward), {name: [] for name in Batch._fields}
+    for start in np.asarray(jax.random.randint(key, (config.batch_size,), 0, int(replay.size))):
+        reward, discount, slot = 0.0, 1.0, int(start)
+        for step in range(config.num_steps):
+            reward += discount * float(rows.reward[slot])
+            discount *= config.discount
+            newest = (int(replay.position) - 1 - slot) % capacity < config.num_envs
+            if rows.terminated[slot] or rows.truncated[slot] or newest or step == config.num_steps - 1:
+                break
+            slot = (slot + config.num_envs) % capacity
+        discount = 0.0 if rows.terminated[slot] else discount
+        values = rows.observation[start], rows.action[start], reward, discount, rows.next_observation[slot]
+        for name, value in zip(Batch._fields, values, strict=True):
+            batch[name].append(value)
+    return {name: np.array(values, np.float64) for name, values in batch.items()}
+
+
+def value_update(learner, batch: dict, config, num_actions: int, row) -> dict:
+    """One update of a value-based agent, all gradients by hand.
+
+    `row(predicted, following, choosing, reward, discount)` is one transition's part of the loss: the outputs of the
+    action taken, those of target and online network for every action of the successor -> the slope of the loss in
+    `predicted`, and what the metrics of the agent average.
+    """
+    nets, target_nets = action_network(learner.network), action_network(learner.target_network)
+    outputs, tape = action_forward(nets, batch["observation"], num_actions)
+    following, _ = action_forward(target_nets, batch["next_observation"], num_actions)
+    choosing, _ = action_forward(nets, batch["next_observation"], num_actions)
+    slope, found = np.zeros_like(outputs), []
+    for b, action in enumerate(batch["action"].astype(int)):
+        found.append(row(outputs[b, action], following[b], choosing[b], batch["reward"][b], batch["discount"][b]))
+        slope[b, action] = found[-1].pop("slope") / len(slope)
+    gradient = action_backward(nets, tape, slope)
+    adams = {path: Adam(learner.optimizer, path, config.adam_epsilon) for path in nets}
+    nets = {path: adams[path].step(nets[path], gradient[path], config.learning_rate) for path in nets}
+    metrics = {name: np.mean([one[name] for one in found]) for name in found[0]}
+    metrics["gradient_norm"] = np.sqrt(sum((x**2).sum() for part in gradient.values() for x in part.values()))
+    if (int(learner.updates) + 1) % config.target_period == 0:
+        target_nets = nets
+    return {"network": nets, "target_network": target_nets, "adams": adams, "metrics": metrics}
+
+
+def assert_updates_are(algorithm, row, updates: int = 11, **settings) -> list[dict]:
+    """Train a tiny agent and go through each of its updates again in numpy; returns what `row` found, averaged."""
+    env = Choices()
+    agent, config = agent_on(algorithm, env, **(TINY_VALUE | settings))
+    step, state = quick(agent.step), quick(agent.init)(jax.random.key(3))
+    found = []
+    for _ in range(updates):
+        # The keys as `step` splits them: one environment step, then one update.
+        key = jax.random.split(jax.random.clone(state.key), 3)[0]
+        sample_key = jax.random.split(key)[1]
+        before, (state, metrics) = state.learner, step(state)
+        batch = stored_windows(state, sample_key, config)
+        expected = value_update(before, batch, config, env.action_space(None).n, row)
+        for path, adam in expected["adams"].items():
+            assert_network_is(state.learner.network, expected["network"][path], path)
+            assert_network_is(state.learner.target_network, expected["target_network"][path], path)
+            assert_adam_is(state.learner.optimizer, adam, path)
+        assert metrics.keys() - {"episode_return", "episode_length"} <= expected["metrics"].keys()
+        for name, metric in metrics.items():
+            if name in expected["metrics"]:
+                actual = float(metric.total / metric.count)
+                np.testing.assert_allclose(actual, expected["metrics"][name], rtol=2e-3, atol=1e-5, err_msg=name)
+        found.append(expected["metrics"] | {"ends": (batch["discount"] == 0).mean()})
+    assert state.learner.updates == updates
+    assert 0 < np.mean([one["ends"] for one in found]) < 1  # both kinds of targets were seen
+    return found
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    masses = np.exp(logits - logits.max(-1, keepdims=True))
+    return masses / masses.sum(-1, keepdims=True)

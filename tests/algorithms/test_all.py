@@ -13,6 +13,7 @@ import pytest
 from jaxrl_dist import envs, normalization, portable, returns, training
 from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
+from jaxrl_dist.distributional import law
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 
 ALGORITHMS = {"tqc": tqc, "sac": sac, "td3": td3, "ddpg": ddpg}
@@ -63,7 +64,7 @@ def probe_errors(name: str, env=None, cases=CASES, iterations=900, **settings) -
         state = agent.init(jax.random.key(1))
         state = jax.lax.fori_loop(0, iterations, lambda _, state: agent.step(state)[0], state)
         action = agent.act(state, OBSERVATIONS, jax.random.key(0))
-        value = agent.predict(state, OBSERVATIONS, action).mean(-1)
+        value = law.mean(agent.predict(state, OBSERVATIONS, action))
         value_error = jnp.abs(value - env.action_value(params, OBSERVATIONS, action, discount))
         return value_error, jnp.abs(action - env.optimal_action(params, OBSERVATIONS))[:, 0]
 
@@ -320,7 +321,8 @@ def test_observations_are_normalised_wherever_the_networks_see_them(started):
          agent.target_policy(plain, normalized, jax.random.key(0))),
     ):  # fmt: skip
         jax.tree.map(np.testing.assert_array_equal, one, two)
-    assert not np.array_equal(agent.predict(plain, observation, action), agent.predict(state, observation, action))
+    raw, predicted = (agent.predict(s, observation, action).atoms for s in (plain, state))
+    assert not np.array_equal(raw, predicted)
 
 
 def test_actions_and_predictions(started):
@@ -347,10 +349,11 @@ def test_actions_and_predictions(started):
         else:
             np.testing.assert_array_equal(followed, action)
 
-    atoms = agent.predict(state, observation, action)
+    atoms, masses = agent.predict(state, observation, action)
     critic, pairs = by_hand.network(state.learner.critic), np.concatenate([inputs, np.asarray(action)], axis=1)
     members = [by_hand.forward(critic, member, pairs)[-1] for member in range(getattr(config, "num_critics", 1))]
     np.testing.assert_allclose(atoms, np.concatenate(members, axis=1), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(masses, np.full(atoms.shape, 1 / atoms.shape[1]), rtol=1e-6)
 
 
 def test_exported_policy_is_the_evaluation_policy(started, tmp_path):

@@ -238,5 +238,6 @@ def test_actor_finds_the_best_arm_of_a_quadratic_bandit():
     action = agent.act(state, jnp.ones((1, 1)), jax.random.key(0))
     assert action[0, 0] == pytest.approx(0.5, abs=0.05)
     for guess in (0.0, 0.5, 0.8):
-        value = agent.predict(state, jnp.ones((1, 1)), jnp.full((1, 1), guess))
-        assert value[0, 0] == pytest.approx(-((guess - 0.5) ** 2), abs=0.03)
+        predicted = agent.predict(state, jnp.ones((1, 1)), jnp.full((1, 1), guess))
+        np.testing.assert_array_equal(predicted.masses, [[1]])
+        assert predicted.atoms[0, 0] == pytest.approx(-((guess - 0.5) ** 2), abs=0.03)

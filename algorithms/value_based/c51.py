@@ -103,12 +103,12 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "v_min": 0.0, "v_max": 100.0,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "v_min": -100.0, "v_max": 0.0,
     },
     "Catch-bsuite": {
@@ -194,8 +194,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
-        next_masses = jax.nn.softmax(network.apply(learner.target_network, batch.next_observation))
-        next_masses = networks.at_action(next_masses, risks.value(risk, Law(support, next_masses)).argmax(-1))
+        next_laws = jax.nn.softmax(network.apply(learner.target_network, batch.next_observation))
+        next_action = risks.value(risk, Law(support, next_laws), ascending=True).argmax(-1)
+        next_masses = networks.at_action(next_laws, next_action)
         target = target_masses(batch, next_masses, support)
 
         def objective(parameters):
@@ -247,7 +248,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return Law(support, jax.nn.softmax(network.apply(state.learner.network, observation)))
 
     def action_values(state: State, observation: jax.Array) -> jax.Array:
-        return risks.value(risk, laws(state, observation))
+        return risks.value(risk, laws(state, observation), ascending=True)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return action_values(state, observation).argmax(-1).astype(jnp.int32)

@@ -99,11 +99,11 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4, "huber_threshold": 100.0,
+        "target_period": 200, "learning_rate": 5e-4, "huber_threshold": 100.0,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4, "huber_threshold": 100.0,
+        "target_period": 200, "learning_rate": 5e-4, "huber_threshold": 100.0,
     },
     "Catch-bsuite": {
         "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,

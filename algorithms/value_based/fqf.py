@@ -58,7 +58,7 @@ from jaxrl_dist.interaction import Average, average
 
 @configuration
 class Config:
-    """Settings of IQN. Floats can be swept within one compiled program."""
+    """Settings of FQF. Floats can be swept within one compiled program."""
 
     num_envs: Count = 8
     """environments stepped in parallel"""
@@ -111,12 +111,12 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
     },
     "Catch-bsuite": {
@@ -215,7 +215,7 @@ def fraction_loss(
 
 
 def make_agent(config: Config, env, env_params) -> Agent:
-    """IQN on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    """FQF on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     num_actions = discrete_action_count(env, env_params)
     check_replay(config)
     torso = networks.Torso(config.hidden[:-1])

@@ -108,12 +108,12 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8,
     },
     "Catch-bsuite": {

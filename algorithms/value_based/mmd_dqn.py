@@ -110,12 +110,12 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_particles": 16,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_particles": 16,
     },
     "Catch-bsuite": {
@@ -208,7 +208,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
         next_particles = network.apply(learner.target_network, batch.next_observation)
-        next_action = risks.value(risk, law.equally_weighted(next_particles)).argmax(-1)
+        next_action = risks.value_of_atoms(risk, next_particles).argmax(-1)
         target = target_particles(batch, networks.at_action(next_particles, next_action))
 
         def objective(parameters):
@@ -256,7 +256,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def action_values(state: State, observation: jax.Array) -> jax.Array:
-        return risks.value(risk, law.equally_weighted(network.apply(state.learner.network, observation)))
+        return risks.value_of_atoms(risk, network.apply(state.learner.network, observation))
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return action_values(state, observation).argmax(-1).astype(jnp.int32)

@@ -99,12 +99,12 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_quantiles": 32,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "num_quantiles": 32,
     },
     "Catch-bsuite": {
@@ -191,7 +191,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
         next_quantiles = network.apply(learner.target_network, batch.next_observation)
-        next_action = risks.value(risk, law.equally_weighted(next_quantiles)).argmax(-1)
+        next_action = risks.value_of_atoms(risk, next_quantiles).argmax(-1)
         target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
 
         def objective(parameters):
@@ -239,7 +239,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def action_values(state: State, observation: jax.Array) -> jax.Array:
-        return risks.value(risk, law.equally_weighted(network.apply(state.learner.network, observation)))
+        return risks.value_of_atoms(risk, network.apply(state.learner.network, observation))
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return action_values(state, observation).argmax(-1).astype(jnp.int32)

@@ -58,7 +58,7 @@ from jaxrl_dist.replay import Priorities
 
 @configuration
 class Config:
-    """Settings of C51. Floats can be swept within one compiled program."""
+    """Settings of Rainbow. Floats can be swept within one compiled program."""
 
     num_envs: Count = 8
     """environments stepped in parallel"""
@@ -121,12 +121,12 @@ class Config:
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "v_min": 0.0, "v_max": 100.0, "annealing_steps": 500_000,
     },
     "Acrobot-v1": {
         "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 100, "learning_rate": 5e-4,
+        "target_period": 200, "learning_rate": 5e-4,
         "v_min": -100.0, "v_max": 0.0, "annealing_steps": 100_000,
     },
     "Catch-bsuite": {
@@ -211,7 +211,7 @@ def loss_of(logits: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[j
 
 
 def make_agent(config: Config, env, env_params) -> Agent:
-    """C51 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    """Rainbow on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     num_actions = discrete_action_count(env, env_params)
     check_replay(config)
     network = Network(config.hidden, num_actions, config.num_atoms, config.dueling, config.initial_noise)
@@ -229,11 +229,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
     ) -> tuple[Learner, jax.Array, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due; also the batch's divergences."""
         online_key, target_key, choosing_key = jax.random.split(key, 3)
-        next_masses = jax.nn.softmax(logits_of(learner.target_network, batch.next_observation, target_key))
-        choosing = next_masses
+        next_laws = jax.nn.softmax(logits_of(learner.target_network, batch.next_observation, target_key))
+        choosing = next_laws
         if config.double:
             choosing = jax.nn.softmax(logits_of(learner.network, batch.next_observation, choosing_key))
-        next_masses = networks.at_action(next_masses, risks.value(risk, Law(support, choosing)).argmax(-1))
+        next_action = risks.value(risk, Law(support, choosing), ascending=True).argmax(-1)
+        next_masses = networks.at_action(next_laws, next_action)
         target = target_masses(batch, next_masses, support)
 
         def objective(parameters):
@@ -298,14 +299,14 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return network.apply(state.learner.network, observation, False)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return risks.value(risk, laws(mean_logits(state, observation))).argmax(-1).astype(jnp.int32)
+        return risks.value(risk, laws(mean_logits(state, observation)), ascending=True).argmax(-1).astype(jnp.int32)
 
     def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         epsilon = policies.linear_schedule(
             config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
         )
         key, noise_key = jax.random.split(key)
-        values = risks.value(risk, laws(logits_of(state.learner.network, observation, noise_key)))
+        values = risks.value(risk, laws(logits_of(state.learner.network, observation, noise_key)), ascending=True)
         return policies.epsilon_greedy(key, values, epsilon)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.distributional.quantile import sort_atoms
 
 MOST_UNIFORMS = 10  # beyond it the alternating sum of the Irwin-Hall law loses its digits in float32
 BISECTIONS = 30
@@ -165,22 +166,32 @@ def _invert(increasing, values):
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-def value(risk: Risk, law: Law) -> jax.Array:
+def value(risk: Risk, law: Law, *, ascending: bool = False) -> jax.Array:
     """Risk-adjusted value of each law, `[...]` in units of return.
 
     The mean of the distorted law: atom i of the ascending atoms, with cumulated mass c_i, weighs
     `cumulative(c_i) - cumulative(c_{i-1})`, exact at any level. For mean-variance, mean - level * variance.
+    `ascending` promises that the atoms are sorted (a support), which saves sorting them.
     """
     if risk.name == "neutral":
         return laws.mean(law)
     if risk.name == "mean-variance":
         return laws.mean(law) - risk.level * laws.variance(law)
-    atoms, masses = laws.sort(law)
+    atoms, masses = law if ascending else laws.sort(law)
     cumulated = jnp.cumsum(masses, axis=-1)
     total = cumulated[..., -1:]
     cumulated = jnp.where(cumulated >= total, 1, cumulated / total)  # rounding must not leave the last one short of 1
     weights = jnp.diff(cumulative(risk, cumulated), axis=-1, prepend=0)
     return (atoms * weights).sum(-1)
+
+
+def value_of_atoms(risk: Risk, atoms: jax.Array) -> jax.Array:
+    """`value` of `[..., n]` equally weighted atoms in any order, `[...]`: the weights are the same for all of them."""
+    if risk.name in ("neutral", "mean-variance"):
+        return value_of_quantiles(risk, atoms)
+    weights = jnp.diff(cumulative(risk, jnp.arange(atoms.shape[-1] + 1) / atoms.shape[-1]))
+    ascending = sort_atoms(atoms.reshape(-1, atoms.shape[-1])).reshape(atoms.shape)
+    return (ascending * weights).sum(-1)
 
 
 def value_of_quantiles(risk: Risk, quantiles: jax.Array) -> jax.Array:

@@ -165,7 +165,7 @@ def test_each_loss_reaches_its_own_parameters():
     plain = dataclasses.replace(fqf.Config(), **settings)
     state = by_hand.quick(fqf.make_agent(plain, env, env.default_params).init)(jax.random.key(0))
 
-    def learned(values):
+    def learned(state, values):
         entropy_weight, kappa, learning_rate, fraction_learning_rate = values
         config = dataclasses.replace(
             plain, entropy_weight=entropy_weight, kappa=kappa, learning_rate=learning_rate,
@@ -175,7 +175,7 @@ def test_each_loss_reaches_its_own_parameters():
 
     after = by_hand.quick(learned)
     values = [(0.0, 0.5, 0.02, 0.1), (5.0, 0.5, 0.02, 0.1), (0.0, 0.1, 0.02, 0.1), (0, 0.5, 0, 0.1), (0, 0.5, 0.02, 0)]
-    reference, entropy, kappa, frozen, fixed = (after(jnp.array(row)) for row in values)
+    reference, entropy, kappa, frozen, fixed = (after(by_hand.with_fresh_keys(state), jnp.array(row)) for row in values)
 
     def same(one, two, part):
         leaves = zip(jax.tree.leaves(one[part]), jax.tree.leaves(two[part]), strict=True)
@@ -296,10 +296,10 @@ def slow_update(learner, batch: dict, config) -> dict:
 @pytest.mark.parametrize("settings", [{"entropy_weight": 0.2}, {"num_steps": 3}], ids=["entropy", "three_steps"])
 def test_updates_equal_loops_in_numpy(settings):
     agent, config = by_hand.agent_on(fqf, by_hand.Choices(), **by_hand.TINY_VALUE, **SIZES, **settings)
-    step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(3))
-    # A proposal far from even, so that masses, middles and plain means are told apart.
-    network = dict(state.learner.network)
-    network["proposal"] = jax.tree.map(lambda x: 200 * x, network["proposal"])
+    step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(4))
+    # Larger weights, and a proposal far from even, so that masses, middles and plain means are told apart.
+    network = jax.tree.map(lambda x: 3 * x, state.learner.network)
+    network["proposal"] = jax.tree.map(lambda x: 100 * x, network["proposal"])
     state = state._replace(learner=state.learner._replace(network=network, target_network=network))
     differs, ends = [], []
     for _ in range(7):

@@ -106,7 +106,7 @@ def test_loss_is_c51s_less_the_entropy_of_the_target():
     (loss, _), gradient = jax.value_and_grad(rainbow.loss_of, has_aux=True)(logits, target, jnp.ones(5))
     expected, expected_gradient = jax.value_and_grad(c51.loss_of)(logits, target)
     entropy = -(np.float64(target) * np.log(np.float64(target))).sum(-1).mean()
-    assert loss == pytest.approx(expected - entropy, rel=1e-5)
+    assert loss == pytest.approx(float(expected) - entropy, rel=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
 
 
@@ -228,6 +228,9 @@ def test_iterations_equal_loops_in_numpy(settings):
     )
     assert dataclasses.replace(config, noisy=True).double == settings.get("double", True)
     step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(3))
+    # A target network that would choose other actions than the online one.
+    target = jax.tree.map(lambda x: x[::-1], state.learner.network)
+    state = state._replace(learner=state.learner._replace(target_network=target))
     num_leaves = len(state.priorities.tree) // 2
     leaves, largest = np.float64(np.arange(num_leaves) < 24), 1.0
     differs, ends, spread = [], [], []

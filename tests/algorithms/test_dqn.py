@@ -33,18 +33,21 @@ def test_each_transition_has_its_own_maximum():
 
 def test_loss_by_hand():
     for error, loss, slope in ((0.5, 0.125, 0.5), (1.0, 0.5, 1.0), (3.0, 2.5, 1.0), (-3.0, 2.5, -1.0)):
-        value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([2 + error]), jnp.array([2.0]))
+        value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([2 + error]), jnp.array([2.0]), 1.0)
         assert (value, gradient[0]) == (loss, slope)
     # The mean over the batch, not the sum.
-    value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([0.5, 1.0, 3.0]), jnp.zeros(3))
+    value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([0.5, 1.0, 3.0]), jnp.zeros(3), 1.0)
     assert value == pytest.approx(3.125 / 3)
     np.testing.assert_allclose(gradient, [0.5 / 3, 1 / 3, 1 / 3])
+    # A wide threshold makes it half the square.
+    value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([7.0]), jnp.zeros(1), 100.0)
+    assert (value, gradient[0]) == (24.5, 7)
 
 
 def test_no_gradient_flows_through_the_target():
     def loss(values, next_values):
         target = dqn.target_value(by_hand.steps_of([1.0], [0.9]), next_values, next_values)
-        return dqn.loss_of(values, target)
+        return dqn.loss_of(values, target, 1.0)
 
     of_values, of_next = jax.grad(loss, argnums=(0, 1))(jnp.array([5.0]), TARGET)
     assert of_values[0] != 0
@@ -78,7 +81,7 @@ def tabular_fixed_point(terminated, truncated, gamma=0.9, num_steps=1) -> float:
         target = dqn.target_value(batch, jnp.full((size, 1), value), jnp.full((size, 1), value))
 
         def loss(value):
-            return dqn.loss_of(networks.at_action(jnp.full((size, 1), value), batch.action), target)
+            return dqn.loss_of(networks.at_action(jnp.full((size, 1), value), batch.action), target, 1.0)
 
         return value - jax.grad(loss)(value), None
 
@@ -105,7 +108,7 @@ def test_tabular_update_is_an_assignment():
     target = dqn.target_value(by_hand.steps_of([1.0], [0.8]), table[following], table[following])
 
     def loss(table):
-        return dqn.loss_of(networks.at_action(jax.nn.one_hot(state, 3) @ table, action), target)
+        return dqn.loss_of(networks.at_action(jax.nn.one_hot(state, 3) @ table, action), target, 1.0)
 
     np.testing.assert_allclose(table - jax.grad(loss)(table), table.at[1, 0].set(1.2), rtol=1e-6)
 
@@ -113,15 +116,15 @@ def test_tabular_update_is_an_assignment():
 # -- whole updates against loops in numpy -----------------------------------------------------------------------------
 
 
-def slow_row(double):
+def slow_row(double=False, threshold=1.0):
     def row(predicted, following, choosing, reward, discount):
         best = np.argmax(choosing[:, 0] if double else following[:, 0])
         target = reward + discount * following[best, 0]
         error = predicted[0] - target
         return {
-            "slope": np.clip(error, -1, 1), "value": predicted[0], "target": target,
-            "loss": error**2 / 2 if abs(error) <= 1 else abs(error) - 0.5,
-            "disagree": np.argmax(choosing[:, 0]) != np.argmax(following[:, 0]), "large": abs(error) > 1,
+            "slope": np.clip(error, -threshold, threshold), "value": predicted[0], "target": target,
+            "loss": error**2 / 2 if abs(error) <= threshold else threshold * (abs(error) - threshold / 2),
+            "disagree": np.argmax(choosing[:, 0]) != np.argmax(following[:, 0]), "large": abs(error) > threshold,
         }  # fmt: skip
 
     return row
@@ -129,11 +132,13 @@ def slow_row(double):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"double": True, "num_steps": 3}, {"dueling": True, "double": True}],
+    [{}, {"double": True, "num_steps": 3}, {"dueling": True, "double": True, "huber_threshold": 0.3}],
     ids=["plain", "double_three_steps", "dueling"],
 )
 def test_updates_equal_loops_in_numpy(settings):
-    found = by_hand.assert_updates_are(dqn, slow_row(settings.get("double", False)), **settings)
+    found = by_hand.assert_updates_are(
+        dqn, slow_row(settings.get("double", False), settings.get("huber_threshold", 1.0)), **settings
+    )
     # Both networks chose differently, and both branches of the Huber loss were taken.
     assert np.mean([one["disagree"] for one in found]) > 0
     assert 0 < np.mean([one["large"] for one in found]) < 1

@@ -200,7 +200,7 @@ def test_every_float_does_what_it_says_in_one_program(name):
 
     learned = {"network", "target_network", "optimizer"} | ({"priorities"} & parts.keys())
     of_the_loss = {"discount", "learning_rate", "adam_epsilon", "kappa", "v_min", "v_max", "bandwidth_exponent"}
-    of_the_loss |= {"priority_exponent"}
+    of_the_loss |= {"priority_exponent", "huber_threshold"}
     for field in of_the_loss & feels.keys():  # the proposal sees other features, the second time
         assert feels[field] - {"proposal"} == learned, field
     for field in ("epsilon_start", "epsilon_end"):
@@ -551,7 +551,7 @@ def test_every_number_has_a_range(name):
             bad_values.append(-1)
         if field.name in ("discount", "epsilon_start", "epsilon_end", "importance_exponent"):
             bad_values.append(1.001)
-        if field.name == "adam_epsilon" or isinstance(value, int):
+        if field.name in ("adam_epsilon", "huber_threshold") or isinstance(value, int):
             bad_values.append(0)
         for bad in bad_values:
             with pytest.raises(ValueError, match=re.escape(f"{option} is {bad}; it must be ")):

@@ -82,6 +82,7 @@ def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatc
     from jaxrl_dist.algorithms.value_based import dqn
 
     asked = []
+    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)  # too late in a process that has used JAX
     monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
     presets = {"CartPole-v1": {"total_steps": 777, "warmup_steps": 64, "hidden": (8,)}, "small": {"total_steps": 900}}
     common = ["--batch-size", "16"]
@@ -106,7 +107,8 @@ def test_split_preset():
     assert of_the_algorithm == {"discount": 0.9, "hidden": (1,)}
 
 
-def test_two_runs_have_no_one_picture_of_distributions(tmp_path, capsys):
+def test_two_runs_have_no_one_picture_of_distributions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
     with pytest.raises(SystemExit) as exit:
         cli.command(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--distribution"])
     assert exit.value.code == 2

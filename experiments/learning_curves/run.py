@@ -37,9 +37,9 @@ VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": {"tqc": {}, "sac": {}, "td3": {}, "ddpg": {}}},
     "CartPole-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
-    "Acrobot-v1": {"total_steps": 100_000, "algorithms": VALUE_BASED},
+    "Acrobot-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
     "Catch-bsuite": {"total_steps": 20_000, "algorithms": VALUE_BASED},
-    "Breakout-MinAtar": {"total_steps": 120_000, "algorithms": {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn")}},
+    "Breakout-MinAtar": {"total_steps": 300_000, "algorithms": {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn")}},
     "brax/hopper": {"total_steps": 100_000, "algorithms": {"sac": HOPPER, "tqc": HOPPER}},
     "brax/inverted_double_pendulum": {
         "total_steps": 30_000,

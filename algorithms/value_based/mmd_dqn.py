@@ -106,17 +106,18 @@ class Config:
     power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
-# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's.
+# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's. Returns
+# of 100 need wide kernels: particles that are further apart than the widest one pull at each other no more.
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
-        "num_particles": 16,
+        "num_particles": 16, "bandwidths": tuple(4.0**i for i in range(-1, 8)),
     },
     "Acrobot-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
-        "num_particles": 16,
+        "num_particles": 16, "bandwidths": tuple(4.0**i for i in range(-1, 8)),
     },
     "Catch-bsuite": {
         "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,

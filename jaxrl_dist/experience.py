@@ -43,11 +43,10 @@ def warm_up(
         interaction.start(env, env_params, start_key, num_envs),
         normalization.create(row.observation.shape) if normalize_observations else None,
     )
-    action_space = env.action_space(env_params)
 
     def one(experience: Experience, index: jax.Array) -> tuple[Experience, None]:
         action_key, step_key = jax.random.split(jax.random.fold_in(warmup_key, index))
-        action = jax.vmap(action_space.sample)(jax.random.split(action_key, num_envs)).astype(row.action.dtype)
+        action = interaction.random_action(env, env_params, action_key, num_envs).astype(row.action.dtype)
         return collect(env, env_params, experience, action, step_key)[0], None
 
     return jax.lax.scan(one, experience, jnp.arange(steps // num_envs))[0]

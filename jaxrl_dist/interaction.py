@@ -87,6 +87,11 @@ def step(
     return following, transition, metrics
 
 
+def random_action(env, env_params, key: jax.Array, num_envs: int) -> jax.Array:
+    """One uniform random action per environment, `[num_envs, *action]`."""
+    return jax.vmap(env.action_space(env_params).sample)(jax.random.split(key, num_envs))
+
+
 def transition_like(env, env_params) -> Transition:
     """Shapes and dtypes of one transition, without running the environment."""
 

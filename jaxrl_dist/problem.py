@@ -143,11 +143,10 @@ def _with_probed_support(config: Any, env, env_params, options: RunOptions) -> A
 def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 32):
     """Rewards of uniform random actions, and where episodes ended: both `[steps, num_envs]`."""
     start_key, loop_key = jax.random.split(jax.random.key(seed))
-    action_space = env.action_space(env_params)
 
     def one(batch, time):
         action_key, step_key = jax.random.split(jax.random.fold_in(loop_key, time))
-        action = jax.vmap(action_space.sample)(jax.random.split(action_key, num_envs))
+        action = interaction.random_action(env, env_params, action_key, num_envs)
         batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
         return batch, (transition.reward, transition.terminated | transition.truncated)
 

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist import cli, recording, training
+from jaxrl_dist import cli, evaluation, recording, training
 from jaxrl_dist.agent import Agent
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import risk as risks
@@ -105,27 +105,12 @@ def judged(agent: Agent, env, env_params, discount, episodes, state, key):
     observations = jnp.eye(env.length * lanes)
     policy_key, episode_key = jax.random.split(key)
     policy = agent.act(state, observations, policy_key).reshape(env.length, lanes)
-    start, _ = env.reset(jax.random.key(0), env_params)
-    first = policy[0, jnp.argmax(start)]
-    predicted = agent.predict(state, start[None], first[None])
-
-    def episode(key):
-        reset_key, key = jax.random.split(key)
-        observation, env_state = env.reset(reset_key, env_params)
-
-        def step(carry, time):
-            observation, env_state, alive, total = carry
-            act_key, step_key = jax.random.split(jax.random.fold_in(key, time))
-            action = agent.act(state, observation[None], act_key)[0]
-            observation, env_state, reward, terminated, _, _ = env.step(step_key, env_state, action, env_params)
-            total += jnp.where(alive, discount**time * reward, 0)
-            return (observation, env_state, alive & ~terminated, total), None
-
-        start = observation, env_state, jnp.ones((), bool), jnp.zeros(())
-        return jax.lax.scan(step, start, jnp.arange(env.length))[0][-1]
-
-    returns = jax.vmap(episode)(jax.random.split(episode_key, episodes))
-    return policy, jax.tree.map(lambda x: x[0], predicted), returns
+    # Every walk starts in the same state, so one "state" and its rollouts are the start and its episodes.
+    found = evaluation.return_distributions(
+        agent, env, env_params, state, episode_key,
+        discount=discount, states=1, rollouts=episodes, horizon=env.length, spread=1,
+    )  # fmt: skip
+    return policy, *jax.tree.map(lambda x: x[0], found)
 
 
 def compared(env, env_params, text: str, discount: float, policy, predicted, returns) -> dict:

@@ -10,14 +10,27 @@ from typing import Any
 
 import numpy as np
 
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
 
-def mlp_policy(layers: Mapping[str, Any], action_size: int, normalizer=None) -> dict[str, Any]:
+
+def mlp_policy(
+    layers: Mapping[str, Any], action_size: int, normalizer=None, activation: str = "relu"
+) -> dict[str, Any]:
     """Arrays of the policy tanh(mlp(normalised observation)[:action_size]) from an `EnsembleMLP` of one member.
 
-    `normalizer` is a `normalization.RunningStatistics` or None.
+    `layers` may also have `norm_scale_i` and `norm_bias_i`, a layer normalisation (epsilon 1e-5) before the activation
+    of layer i. `normalizer` is a `normalization.RunningStatistics` or None; `activation` is "relu" or "gelu" (tanh
+    form).
     """
     arrays = _layers("", layers)
-    last = len(layers) // 2 - 1
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if activation != "relu":
+        arrays["activation"] = np.array(activation)
+    last = sum(name.startswith("kernel_") for name in layers) - 1
     arrays[f"kernel_{last}"] = arrays[f"kernel_{last}"][:, :action_size]
     arrays[f"bias_{last}"] = arrays[f"bias_{last}"][:action_size]
     if normalizer is not None:
@@ -138,8 +151,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def _perceptron(arrays: Mapping[str, np.ndarray], prefix: str, inputs: np.ndarray) -> np.ndarray:
     depth = sum(name.startswith(f"{prefix}kernel_") for name in arrays)
+    activation = ACTIVATIONS[str(arrays.get("activation", "relu"))]
     for i in range(depth):
         inputs = inputs @ arrays[f"{prefix}kernel_{i}"] + arrays[f"{prefix}bias_{i}"]
+        if f"{prefix}norm_scale_{i}" in arrays:
+            deviation = np.sqrt(inputs.var(-1, keepdims=True) + 1e-5)
+            inputs = (inputs - inputs.mean(-1, keepdims=True)) / deviation
+            inputs = inputs * arrays[f"{prefix}norm_scale_{i}"] + arrays[f"{prefix}norm_bias_{i}"]
         if i < depth - 1:
-            inputs = np.maximum(inputs, 0)
+            inputs = activation(inputs)
     return inputs

@@ -17,7 +17,8 @@ choice as one atom in N * M, and the number of critics no longer decides it.
     targets       psi_target <- psi_target + polyak (psi - psi_target)
 
 Differences from the paper: none in the equations. The actor and the temperature are updated after the critic and see
-its new parameters (the PyTorch code computes all three gradients first).
+its new parameters (the PyTorch code computes all three gradients first). With `--risk` the actor climbs another risk
+measure of all atoms than their mean.
 
 Run:      python algorithms/actor_critic/tqc.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -46,7 +47,9 @@ from jaxrl_dist.agent import (
     require,
 )
 from jaxrl_dist.distributional import law, quantile
+from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.distributional.risk import Risk
 from jaxrl_dist.experience import Experience
 from jaxrl_dist.interaction import Average, Transition, average
 from jaxrl_dist.normalization import normalize
@@ -100,6 +103,9 @@ class Config:
     """d, the number of the largest target atoms dropped per critic"""
     kappa: NonNegative = 1.0
     """threshold of the quantile Huber loss; 0 is plain quantile regression"""
+    risk: str = "neutral"
+    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
+    mean-variance:WEIGHT"""
 
 
 # d is the paper's (its table 1) per environment; Pendulum's sizes are ours, for a CPU.
@@ -185,9 +191,10 @@ def critic_loss(config: Config, atoms: jax.Array, target: jax.Array) -> jax.Arra
     return quantile.quantile_huber_loss(atoms, target, fractions, kappa=config.kappa, over_predicted="mean").mean()
 
 
-def actor_loss(atoms: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Soft value to be maximised, with the mean of *all* atoms `[batch, critics, quantiles]`."""
-    return (temperature * log_density - atoms.mean((1, 2))).mean()
+def actor_loss(risk: Risk, atoms: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Soft value to be maximised: the mean, or `risk`, of *all* atoms `[batch, critics, quantiles]` pooled."""
+    values = risks.value_of_atoms(risk, atoms.reshape(atoms.shape[0], -1))
+    return (temperature * log_density - values).mean()
 
 
 def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
@@ -208,6 +215,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     )
     actor = Actor(config.actor_hidden, action_size)
     critic = Critic(config.critic_hidden, config.num_critics, config.num_quantiles)
+    risk = risks.parse(config.risk)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
     temperature_adam = optax.adam(config.temperature_learning_rate)
@@ -238,7 +246,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, action_key)
             atoms = critic.apply(critic_parameters, batch.observation, action)
-            return actor_loss(atoms, log_density, temperature), log_density
+            return actor_loss(risk, atoms, log_density, temperature), log_density
 
         (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
         changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)

@@ -151,7 +151,7 @@ def _mean_of_uniforms(y, count):
 
 
 def _invert(increasing, values):
-    """The fraction in [0, 1] at which an increasing function takes each value, by bisection."""
+    """The fraction in [0, 1] at which an increasing function takes each value, by bisection; differentiable in it."""
 
     def halve(_, ends):
         low, high = ends
@@ -160,7 +160,9 @@ def _invert(increasing, values):
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(values), jnp.ones_like(values)))
-    return jnp.where(jnp.isnan(values), values, (low + high) / 2)
+    found = jax.lax.stop_gradient(jnp.where(jnp.isnan(values), values, (low + high) / 2))
+    _, slope = jax.jvp(increasing, (jnp.clip(found, 1e-6, 1 - 1e-6),), (jnp.ones_like(found),))
+    return found + (values - jax.lax.stop_gradient(values)) / jax.lax.stop_gradient(slope)
 
 
 # -- values -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,317 @@
+"""D4PG: Distributed Distributional Deterministic Policy Gradients.
+
+Paper: "Distributed Distributional Deterministic Policy Gradients", Barth-Maron et al., ICLR 2018, arXiv 1804.08617.
+
+DDPG with the critic of C51: the law of the return as probabilities of fixed, evenly spaced atoms, trained by
+cross-entropy to the projected law of an n-step target. Many environments in parallel feed one learner, each disturbed
+by its own noise. The actor climbs the mean of the learned law, or any other risk measure of it.
+
+    support       z_i = v_min + i (v_max - v_min) / (num_atoms - 1),  Z(s, a) = z_i with probability p_i(s, a)
+    target        m = projection onto the support of the law of
+                  sum over k < n of gamma^k r_k + gamma^n (1 - terminated) Z_target(s_n, mu_target(s_n))
+    critic        mean of -sum over i of m_i log p_i(s, a)
+    actor         mean of |mu(s) - constant(mu(s) + g)|^2 / 2,  g = dE[Z(s, a)]/da at a = mu(s), no longer than
+                  `action_gradient_bound`; its gradient is -g dmu/dparameters, the deterministic policy gradient
+    target copy   every `target_period` updates, actor and critic
+    exploration   a = clip(mu(s) + noise, -1, 1),  noise ~ N(0, sigma^2) per action component
+
+Differences from the paper: the bound on g is the authors' code's (acme), as are the defaults; networks are plain
+perceptrons with relu (theirs normalise the first layer); replay is uniform (they found that priorities help little);
+environments and learner take turns within one program instead of running apart. A window of rewards that meets a time
+limit is cut there and bootstraps from its true last state.
+
+Run:      python algorithms/actor_critic/d4pg.py --env-id Pendulum-v1
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, portable
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Real,
+    check_replay,
+    configuration,
+    continuous_action_size,
+)
+from jaxrl_dist.distributional import categorical
+from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Batch, Experience
+from jaxrl_dist.interaction import Average, average
+from jaxrl_dist.normalization import normalize
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of D4PG; defaults from the authors' code. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 32
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 4
+    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 1_024
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 1_000_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """windows of transitions per update"""
+    num_steps: Count = 5
+    """n, steps of reward in a target before it bootstraps"""
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    target_period: Count = 100
+    """updates between two copies of actor and critic into their targets"""
+    actor_learning_rate: NonNegative = 1e-4
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 1e-4
+    """step size of the critic's Adam"""
+    exploration_noise: NonNegative = 0.3
+    """sigma, standard deviation of the noise on the actions taken"""
+    action_gradient_bound: Positive = 1.0
+    """largest length of the value's gradient in the action, in units of return"""
+
+    actor_hidden: tuple[int, ...] = (300, 200)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (400, 300)
+    """widths of the critic's hidden layers"""
+    num_atoms: Count = 51
+    """atoms of the support"""
+    v_min: Real = -150.0
+    """lowest atom, in units of the discounted return"""
+    v_max: Real = 150.0
+    """highest atom"""
+    risk: str = "neutral"
+    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
+    mean-variance:WEIGHT"""
+
+
+# Pendulum's sizes are ours, for a CPU; its rewards lie in [-16.3, 0].
+PRESETS = {
+    "Pendulum-v1": {
+        "num_envs": 1, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128, "num_steps": 3,
+        "actor_hidden": (64, 64), "critic_hidden": (64, 64), "actor_learning_rate": 3e-4,
+        "critic_learning_rate": 1e-3, "v_min": -1650.0, "v_max": 0.0,
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """The deterministic policy mu, `[batch, observation]` -> `[batch, actions]` in [-1, 1].
+
+    Its last layer starts near zero: a tanh that an early, wrong critic drives to its end has no gradient to return by.
+    """
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        mlp = networks.MLP((*self.hidden, self.action_size), output_bound=3e-3, name="mlp")
+        return jnp.tanh(mlp(observation))
+
+
+class Critic(nn.Module):
+    """Logits of the atoms, `[batch, observation]`, `[batch, actions]` -> `[batch, atoms]`."""
+
+    hidden: tuple[int, ...]
+    num_atoms: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, action: jax.Array) -> jax.Array:
+        inputs = jnp.concatenate([observation, action], axis=-1)
+        return networks.MLP((*self.hidden, self.num_atoms), name="mlp")(inputs)
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    actor: chex.ArrayTree
+    critic: chex.ArrayTree
+    target_actor: chex.ArrayTree
+    target_critic: chex.ArrayTree
+    actor_optimizer: optax.OptState
+    critic_optimizer: optax.OptState
+    updates: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_masses(batch: Batch, next_masses: jax.Array, support: jax.Array) -> jax.Array:
+    """Law of reward + discount * Z for Z with the masses `[batch, atoms]`, projected onto the support `[atoms]`."""
+    return categorical.project_return(batch.reward, batch.discount, next_masses, support)
+
+
+def critic_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the predicted laws to their targets, both `[batch, atoms]`."""
+    return categorical.cross_entropy(target, logits).mean()
+
+
+def actor_loss(action: jax.Array, action_gradient: jax.Array, bound: float | jax.Array) -> jax.Array:
+    """Half the squared distance of `[batch, actions]` to where the cut gradient of the value points, a constant."""
+    length = jnp.linalg.norm(action_gradient, axis=-1, keepdims=True)
+    step = action_gradient * jnp.minimum(1, bound / jnp.maximum(length, 1e-12))
+    return 0.5 * ((action - jax.lax.stop_gradient(action + step)) ** 2).sum(-1).mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """D4PG on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    action_size = continuous_action_size(env, env_params)
+    check_replay(config)
+    actor = Actor(config.actor_hidden, action_size)
+    critic = Critic(config.critic_hidden, config.num_atoms)
+    risk = risks.parse(config.risk)
+    support = categorical.support(config.v_min, config.v_max, config.num_atoms)
+    actor_adam = optax.adam(config.actor_learning_rate)
+    critic_adam = optax.adam(config.critic_learning_rate)
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+
+    def law_of(critic_parameters, observation, action) -> Law:
+        return Law(support, jax.nn.softmax(critic.apply(critic_parameters, observation, action)))
+
+    def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, Average]]:
+        """One gradient step of critic and actor, and the copies into the target networks when they are due."""
+        next_action = actor.apply(learner.target_actor, batch.next_observation)
+        next_masses = law_of(learner.target_critic, batch.next_observation, next_action).masses
+        target = target_masses(batch, next_masses, support)
+
+        def critic_objective(parameters):
+            logits = critic.apply(parameters, batch.observation, batch.action)
+            return critic_loss(logits, target), (jax.nn.softmax(logits) * support).sum(-1)
+
+        (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
+        critic_gradient_norm = optax.tree.norm(gradient)
+        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
+        critic_parameters = optax.apply_updates(learner.critic, changes)
+
+        def actor_objective(parameters):
+            action = actor.apply(parameters, batch.observation)
+            # The value of a row depends on the action of that row alone: the gradient of the sum has them all.
+            action_gradient = jax.grad(
+                lambda a: risks.value(risk, law_of(critic_parameters, batch.observation, a), ascending=True).sum()
+            )(jax.lax.stop_gradient(action))
+            return actor_loss(action, action_gradient, config.action_gradient_bound), (action, action_gradient)
+
+        (actor_value, (action, action_gradient)), gradient = jax.value_and_grad(actor_objective, has_aux=True)(
+            learner.actor
+        )
+        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
+        actor_parameters = optax.apply_updates(learner.actor, changes)
+
+        updates = learner.updates + 1
+        metrics = {
+            "critic_loss": critic_value, "actor_loss": actor_value, "value": values.mean(),
+            "target": (target * support).sum(-1).mean(),
+            "clipped_mass": categorical.clipped_mass(batch.reward, batch.discount, next_masses, support).mean(),
+            "saturation": (jnp.abs(action) > 0.99).mean(),
+            "action_gradient_norm": jnp.linalg.norm(action_gradient, axis=-1).mean(),
+            "critic_gradient_norm": critic_gradient_norm,
+        }  # fmt: skip
+        learner = Learner(
+            actor_parameters, critic_parameters,
+            networks.periodic_copy(learner.target_actor, actor_parameters, updates, config.target_period),
+            networks.periodic_copy(learner.target_critic, critic_parameters, updates, config.target_period),
+            actor_optimizer, critic_optimizer, updates,
+        )  # fmt: skip
+        return learner, jax.tree.map(average, metrics)
+
+    def init(key: jax.Array) -> State:
+        key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
+        observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
+        actor_parameters = actor.init(actor_key, observation)
+        critic_parameters = critic.init(critic_key, observation, action)
+        learner = Learner(
+            actor_parameters, critic_parameters, actor_parameters, critic_parameters,
+            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters), jnp.int32(0),
+        )  # fmt: skip
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
+        )  # fmt: skip
+        return State(learner, filled, key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return state._replace(key=key, experience=lived), episodes
+
+        def learn(state, _):
+            key, sample_key = jax.random.split(state.key)
+            batch = experience.sample_n_step(
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
+            )
+            learner, losses = update(state.learner, batch)
+            return state._replace(key=key, learner=learner), losses
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        action = act(state, observation, key)
+        return jnp.clip(action + config.exploration_noise * jax.random.normal(key, action.shape), -1, 1)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        observation = normalize(state.experience.normalizer, observation)
+        masses = law_of(state.learner.critic, observation, action).masses
+        return Law(jnp.broadcast_to(support, masses.shape), masses)
+
+    def export(state: State) -> dict[str, jax.Array]:
+        return portable.mlp_policy(
+            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
+        )
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=config.num_envs * config.steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

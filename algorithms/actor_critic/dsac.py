@@ -1,0 +1,354 @@
+"""DSAC: Distributional Soft Actor-Critic (the first version).
+
+Paper: "Distributional Soft Actor-Critic: Off-Policy Reinforcement Learning for Addressing Value Estimation Errors",
+Duan, Guan, Li, Ren, Sun, Cheng, IEEE TNNLS 2021, arXiv 2001.02811. Not the quantile algorithm of the same name
+(Ma et al., arXiv 2004.14547).
+
+SAC with one critic that learns the law of the soft return as a Gaussian. The likelihood divides the error of the mean
+by the variance: where returns are uncertain the mean moves slowly, which lowers the over-estimation that a climbing
+actor causes, without a second critic. Two bounds keep the likelihood's gradients in hand: the standard deviation stays
+within [min_std, max_std], and its own target stays within `target_bound` of the mean.
+
+    target        y = r + gamma (1 - terminated) (Z' - alpha log pi_target(a'|s')),  a' ~ pi_target(.|s'),
+                  Z' ~ N(Q_target(s', a'), sigma_target(s', a')^2), noise cut at three standard deviations
+    critic        -log N(y; Q(s, a), sigma(s, a)^2), by its gradients: with C(y) = Q + clip(y - Q, -b, b)
+                  d/dQ = -(y - Q) / (sigma^2 + bias),  d/dsigma = -((C(y) - Q)^2 - sigma^2) / (sigma^3 + bias)
+    actor         mean of alpha log pi(a|s) - Q(s, a),  a ~ pi(.|s), once every `policy_delay` critic updates
+    temperature   -log alpha (mean of log pi(a|s) + target entropy), with the actor
+    targets       psi_target <- psi_target + polyak (psi - psi_target) for actor and critic, with the actor
+
+Differences from the paper: rewards are not scaled (the authors' code: by 0.2), and the bounds are in units of return;
+perceptrons without shared trunks; one learner, step sizes that do not fall, networks that start as PyTorch's do. The
+bias is 0 in the paper and 0.1 in the authors' later code. An iteration takes `policy_delay` environment steps before
+as many critic updates. With `--risk` the actor climbs another risk measure of N(Q, sigma^2) than its mean.
+
+Run:      python algorithms/actor_critic/dsac.py --env-id Pendulum-v1
+Expected: EXPECTED
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable, returns
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Real,
+    check_replay,
+    configuration,
+    continuous_action_size,
+    require,
+)
+from jaxrl_dist.distributional import gaussian
+from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Experience
+from jaxrl_dist.interaction import Average, Transition, average
+from jaxrl_dist.normalization import normalize
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of DSAC; the defaults are the paper's. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 1
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 2
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 10_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 500_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """transitions per update"""
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    polyak: Fraction = 0.001
+    """how far the target parameters move towards the online ones, once per actor update"""
+    actor_learning_rate: NonNegative = 5e-5
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 8e-5
+    """step size of the critic's Adam"""
+    temperature_learning_rate: NonNegative = 5e-5
+    """step size of the temperature's Adam; 0 keeps the temperature where it starts"""
+    initial_temperature: Positive = 1.0
+    """alpha at the start, the weight of the policy's entropy"""
+    target_entropy_per_action: Real = -1.0
+    """entropy to which the temperature steers the policy, per action component"""
+
+    actor_hidden: tuple[int, ...] = (256, 256, 256)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (256, 256, 256)
+    """widths of the critic's hidden layers"""
+    policy_delay: Count = 2
+    """critic updates per update of the actor, the temperature and the targets"""
+    target_bound: Positive = 20.0
+    """b, how far from the mean the standard deviation's target may lie, in units of return"""
+    min_std: Positive = 0.905
+    """smallest standard deviation, in units of return"""
+    max_std: Positive = 54.6
+    """largest standard deviation"""
+    gradient_bias: NonNegative = 0.0
+    """added to the denominators of the critic's gradients"""
+    risk: str = "neutral"
+    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
+    mean-variance:WEIGHT"""
+
+
+# Pendulum's sizes are ours, for a CPU.
+PRESETS = {
+    "Pendulum-v1": {
+        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3, "polyak": 0.005,
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = networks.MLP((*self.hidden, 2 * self.action_size), nn.gelu, name="mlp")(observation)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.clip(log_std, -5, 1)
+
+
+class Critic(nn.Module):
+    """Mean and standard deviation of the soft return, `[batch, observation]`, `[batch, actions]` -> two `[batch]`."""
+
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(
+        self, observation: jax.Array, action: jax.Array, min_std: float | jax.Array, max_std: float | jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs = jnp.concatenate([observation, action], axis=-1)
+        mean, position = networks.MLP((*self.hidden, 2), nn.gelu, name="mlp")(inputs).T
+        # The position between the bounds is on the logarithmic scale, and smooth: a hard clip would have no way back.
+        return mean, min_std * (max_std / min_std) ** (0.5 * (jnp.tanh(position) + 1))
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    actor: chex.ArrayTree
+    critic: chex.ArrayTree
+    target_actor: chex.ArrayTree
+    target_critic: chex.ArrayTree
+    log_temperature: jax.Array
+    actor_optimizer: optax.OptState
+    critic_optimizer: optax.OptState
+    temperature_optimizer: optax.OptState
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_return(
+    config: Config, batch: Transition, next_return: jax.Array, next_log_density: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Reward plus the successor's discounted soft return, `[batch]`."""
+    discount = returns.bootstrap_discount(config.discount, batch.terminated)
+    return batch.reward + discount * (next_return - temperature * next_log_density)
+
+
+def critic_loss(config: Config, mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
+    """Function of `[batch]` means and deviations with the bounded gradients of the likelihood of `[batch]` targets."""
+    std_target = gaussian.clip_target(mean, target, config.target_bound)
+    return gaussian.likelihood_surrogate(mean, std, target, std_target, config.gradient_bias).mean()
+
+
+def actor_loss(value: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Soft value to be maximised, from the critic's `[batch]` values."""
+    return (temperature * log_density - value).mean()
+
+
+def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
+    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target."""
+    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """DSAC on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    action_size = continuous_action_size(env, env_params)
+    check_replay(config)
+    require(
+        config.updates_per_iteration % config.policy_delay == 0,
+        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
+        f"{config.policy_delay}",
+    )
+    require(
+        isinstance(config.min_std, jax.core.Tracer) or config.min_std < config.max_std,
+        f"--min-std is {config.min_std}; it must be below --max-std = {config.max_std}",
+    )
+    actor = Actor(config.actor_hidden, action_size)
+    critic = Critic(config.critic_hidden)
+    risk = risks.parse(config.risk)
+    actor_adam = optax.adam(config.actor_learning_rate)
+    critic_adam = optax.adam(config.critic_learning_rate)
+    temperature_adam = optax.adam(config.temperature_learning_rate)
+    target_entropy = config.target_entropy_per_action * action_size
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+
+    def sample_action(actor_parameters, observation, key):
+        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
+
+    def moments(critic_parameters, observation, action):
+        return critic.apply(critic_parameters, observation, action, config.min_std, config.max_std)
+
+    def update_critic(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step of the critic."""
+        next_action_key, noise_key = jax.random.split(key)
+        temperature = jnp.exp(learner.log_temperature)
+        next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
+        next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action)
+        next_return = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -3, 3)
+        target = target_return(config, batch, next_return, next_log_density, temperature)
+
+        def critic_objective(parameters):
+            mean, std = moments(parameters, batch.observation, batch.action)
+            return critic_loss(config, mean, std, target), (mean, std)
+
+        (_, (mean, std)), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
+        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
+        critic_parameters = optax.apply_updates(learner.critic, changes)
+        metrics = {
+            "critic_loss": gaussian.negative_log_likelihood(mean, std, target).mean(),
+            "value": mean.mean(), "std": std.mean(), "target": target.mean(),
+            "clipped_targets": (jnp.abs(target - mean) > config.target_bound).mean(),
+            "critic_gradient_norm": optax.tree.norm(gradient),
+        }  # fmt: skip
+        return learner._replace(critic=critic_parameters, critic_optimizer=critic_optimizer), metrics
+
+    def update_actor(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
+        temperature = jnp.exp(learner.log_temperature)
+
+        def actor_objective(parameters):
+            action, log_density = sample_action(parameters, batch.observation, key)
+            value = gaussian.value(risk, *moments(learner.critic, batch.observation, action))
+            return actor_loss(value, log_density, temperature), log_density
+
+        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
+        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
+        actor_parameters = optax.apply_updates(learner.actor, changes)
+
+        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
+        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
+        learner = learner._replace(
+            actor=actor_parameters,
+            actor_optimizer=actor_optimizer,
+            log_temperature=optax.apply_updates(learner.log_temperature, changes),
+            temperature_optimizer=temperature_optimizer,
+            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, learner.critic, config.polyak),
+        )
+        return learner, {"actor_loss": actor_value, "temperature": temperature, "entropy": -log_density.mean()}
+
+    def init(key: jax.Array) -> State:
+        key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
+        observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
+        actor_parameters = actor.init(actor_key, observation)
+        critic_parameters = critic.init(critic_key, observation, action, 1, 1)
+        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        learner = Learner(
+            actor_parameters, critic_parameters, actor_parameters, critic_parameters, log_temperature,
+            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+            temperature_adam.init(log_temperature),
+        )  # fmt: skip
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
+        )  # fmt: skip
+        return State(learner, filled, key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return state._replace(key=key, experience=lived), episodes
+
+        def learn(state, _):
+            # One update of the actor, on the last of the batches that the critic was updated with before it.
+            key, sample_key, critic_key, actor_key = jax.random.split(state.key, 4)
+            batch = experience.sample(state.experience, sample_key, config.policy_delay * config.batch_size)
+            batches = jax.tree.map(lambda x: x.reshape(config.policy_delay, config.batch_size, *x.shape[1:]), batch)
+            learner, critic_metrics = jax.lax.scan(
+                lambda learner, batch_and_key: update_critic(learner, *batch_and_key),
+                state.learner,
+                (batches, jax.random.split(critic_key, config.policy_delay)),
+            )
+            learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches), actor_key)
+            losses = jax.tree.map(average, critic_metrics | actor_metrics)
+            return state._replace(key=key, learner=learner), losses
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        rounds = config.updates_per_iteration // config.policy_delay
+        state, losses = jax.lax.scan(learn, state, length=rounds)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return policies.squashed_mode(mean)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        observation = normalize(state.experience.normalizer, observation)
+        action, log_density = sample_action(state.learner.actor, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature) * log_density
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        observation = normalize(state.experience.normalizer, observation)
+        return gaussian.law(*moments(state.learner.critic, observation, action))
+
+    def export(state: State) -> dict[str, jax.Array]:
+        layers = state.learner.actor["params"]["mlp"]["layers"]
+        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation="gelu")
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=config.num_envs * config.steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -1,0 +1,395 @@
+"""DSAC-T: Distributional Soft Actor-Critic with Three Refinements.
+
+Paper: "Distributional Soft Actor-Critic with Three Refinements", Duan, Wang, Xiao, Gao, Li, Liu, Zhang, Cheng, Li,
+IEEE TPAMI 2025, arXiv 2310.05858.
+
+DSAC learns the soft return as one Gaussian, and is unstable: a sampled target makes the mean's gradient noisy, a single
+critic is exploited, and its bounds must fit the size of the rewards. Each refinement mends one of these and can be
+switched off; without all three the loss is DSAC's.
+
+    successor     a' ~ pi_target(.|s'),  j = argmin over i of Q_target_i(s', a')                       [num_critics]
+    targets       y_q = r + gamma (1 - terminated) (Q_target_j - alpha log pi_target(a'|s'))           of the mean,
+                  y_z = the same with Z_j ~ N(Q_target_j, sigma_target_j^2) for Q_target_j             of the deviation;
+                  the mean's is y_z, too, without                                        [expected_value_substitution]
+    bound, scale  b_i = 3 m_i,  w_i = m_i^2 + bias,  with m_i the running mean of sigma_i; without
+                  b_i = target_bound,  w_i = 1                                                      [variance_scaling]
+    critics       by their gradients, with C = Q_i + clip(y_z - Q_i, -b_i, b_i):
+                  d/dQ_i = -w_i (y_q - Q_i) / (sigma_i^2 + bias)
+                  d/dsigma_i = -w_i ((C - Q_i)^2 - sigma_i^2) / (sigma_i^3 + bias)
+    actor         mean of alpha log pi(a|s) - min over i of Q_i(s, a),  a ~ pi(.|s), once every `policy_delay` updates
+    temperature   -log alpha (mean of log pi(a|s) + target entropy), with the actor
+    targets       psi_target <- psi_target + polyak (psi - psi_target) for actor and critics, with the actor
+
+Differences from the paper: w is the square of the running mean of sigma, as in both of the authors' codes (the paper:
+the running mean of its square). `--repository-loss` takes the loss of their DSAC-v2 code, which differs: Huber instead
+of squares, per-sample ratios m^2 / (sigma^2 + bias) in [0.1, 10] as scale, and a sigma that settles sqrt(2) lower.
+Warm-up by uniform random actions; GELU in its tanh form; networks start as PyTorch's do. With `--risk` the actor climbs
+the smallest of another risk measure of N(Q_i, sigma_i^2) than the mean.
+
+Run:      python algorithms/actor_critic/dsac_t.py --env-id Pendulum-v1
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable, returns
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Real,
+    check_replay,
+    configuration,
+    continuous_action_size,
+    require,
+)
+from jaxrl_dist.distributional import gaussian
+from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Experience
+from jaxrl_dist.interaction import Average, Transition, average
+from jaxrl_dist.normalization import normalize
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of DSAC-T; the defaults are the authors' code's. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 20
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 2
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 10_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 1_000_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """transitions per update"""
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    polyak: Fraction = 0.005
+    """how far the target parameters move towards the online ones, once per actor update"""
+    actor_learning_rate: NonNegative = 1e-4
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 1e-4
+    """step size of the critics' Adam"""
+    temperature_learning_rate: NonNegative = 3e-4
+    """step size of the temperature's Adam; 0 keeps the temperature where it starts"""
+    initial_temperature: Positive = 2.718
+    """alpha at the start, the weight of the policy's entropy"""
+    target_entropy_per_action: Real = -1.0
+    """entropy to which the temperature steers the policy, per action component"""
+
+    actor_hidden: tuple[int, ...] = (256, 256, 256)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (256, 256, 256)
+    """widths of each critic's hidden layers"""
+    policy_delay: Count = 2
+    """critic updates per update of the actor, the temperature and the targets"""
+    expected_value_substitution: bool = True
+    """first refinement: the mean's target takes the successor's mean, not a sample"""
+    num_critics: Count = 2
+    """second refinement: Gaussians of which the one with the smallest mean counts; 1 switches it off"""
+    variance_scaling: bool = True
+    """third refinement: bound and gradient scale follow the running mean of the standard deviation"""
+    bound_width: Positive = 3.0
+    """xi, the bound on the deviation's target in units of that running mean"""
+    running_rate: Fraction = 0.005
+    """how far the running mean moves towards the batch's at every update"""
+    gradient_bias: NonNegative = 0.1
+    """added to the denominators of the critics' gradients, and to their scale"""
+    target_bound: Positive = 20.0
+    """the bound without the third refinement, in units of return"""
+    repository_loss: bool = False
+    """the loss of the authors' DSAC-v2 code instead of the paper's"""
+    risk: str = "neutral"
+    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
+    mean-variance:WEIGHT"""
+
+
+# Pendulum's sizes are ours, for a CPU.
+PRESETS = {
+    "Pendulum-v1": {
+        "num_envs": 1, "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = networks.MLP((*self.hidden, 2 * self.action_size), nn.gelu, name="mlp")(observation)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.clip(log_std, -20, 0.5)
+
+
+class Critic(nn.Module):
+    """Means and standard deviations of the soft return, `[batch, observation]`, `[batch, actions]` ->
+    two `[batch, critics]`."""
+
+    hidden: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs = jnp.concatenate([observation, action], axis=-1)
+        outputs = networks.EnsembleMLP(self.num_critics, (*self.hidden, 2), nn.gelu, name="mlp")(inputs)
+        return outputs[..., 0], nn.softplus(outputs[..., 1])
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    actor: chex.ArrayTree
+    critic: chex.ArrayTree
+    target_actor: chex.ArrayTree
+    target_critic: chex.ArrayTree
+    log_temperature: jax.Array
+    running_std: jax.Array
+    """m, `[critics]`; 0 before the first update"""
+    actor_optimizer: optax.OptState
+    critic_optimizer: optax.OptState
+    temperature_optimizer: optax.OptState
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_returns(
+    config: Config, batch: Transition, next_mean: jax.Array, next_sample: jax.Array, next_log_density: jax.Array,
+    temperature: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """y_q and y_z, `[batch]` each, from the target critics' means and samples, `[batch, critics]`."""
+    discount = returns.bootstrap_discount(config.discount, batch.terminated)
+    lowest = next_mean.argmin(-1, keepdims=True)  # by the mean, also for the sample: both are of the same critic
+    mean_target, std_target = (
+        batch.reward + discount * (jnp.take_along_axis(x, lowest, axis=-1)[:, 0] - temperature * next_log_density)
+        for x in (next_mean, next_sample)
+    )
+    return (mean_target if config.expected_value_substitution else std_target), std_target
+
+
+def running_average(config: Config, running_std: jax.Array, std: jax.Array) -> jax.Array:
+    """m after a batch of standard deviations `[batch, critics]`, a constant: `[critics]`."""
+    now = jax.lax.stop_gradient(std).mean(0)
+    return jnp.where(running_std == 0, now, running_std + config.running_rate * (now - running_std))
+
+
+def critic_loss(
+    config: Config, mean: jax.Array, std: jax.Array, targets: tuple[jax.Array, jax.Array], running_std: jax.Array
+) -> jax.Array:
+    """Function of `[batch, critics]` means and deviations with the gradients above; mean over batch, sum over critics.
+
+    targets: y_q and y_z; running_std: m with the present batch in it, `[critics]`.
+    """
+    mean_target, std_target = (target[:, None] for target in targets)
+    bound, scale = config.target_bound, 1.0
+    if config.variance_scaling:
+        bound, scale = config.bound_width * running_std, running_std**2 + config.gradient_bias
+    std_target = gaussian.clip_target(mean, std_target, bound)
+    if config.repository_loss:
+        still_mean, still_std = jax.lax.stop_gradient((mean, std))
+        ratio = jnp.clip(running_std**2 / (still_std**2 + config.gradient_bias), 0.1, 10)
+        excess = still_std**2 - optax.huber_loss(still_mean, std_target, delta=50.0)
+        losses = optax.huber_loss(mean, mean_target, delta=50.0) + std * excess / (still_std + config.gradient_bias)
+        return (ratio * losses).mean(0).sum()
+    losses = gaussian.likelihood_surrogate(mean, std, mean_target, std_target, config.gradient_bias)
+    return (scale * losses).mean(0).sum()
+
+
+def actor_loss(values: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Soft value to be maximised, from the critics' `[batch, critics]` values."""
+    return (temperature * log_density - values.min(-1)).mean()
+
+
+def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
+    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target."""
+    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """DSAC-T on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    action_size = continuous_action_size(env, env_params)
+    check_replay(config)
+    require(
+        config.updates_per_iteration % config.policy_delay == 0,
+        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
+        f"{config.policy_delay}",
+    )
+    require(
+        config.variance_scaling or not config.repository_loss,
+        "--repository-loss is True; it needs --variance-scaling, which is part of it",
+    )
+    actor = Actor(config.actor_hidden, action_size)
+    critic = Critic(config.critic_hidden, config.num_critics)
+    risk = risks.parse(config.risk)
+    actor_adam = optax.adam(config.actor_learning_rate)
+    critic_adam = optax.adam(config.critic_learning_rate)
+    temperature_adam = optax.adam(config.temperature_learning_rate)
+    target_entropy = config.target_entropy_per_action * action_size
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+
+    def sample_action(actor_parameters, observation, key):
+        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
+
+    def update_critic(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step of the critics, and of the running mean of their deviations."""
+        next_action_key, noise_key = jax.random.split(key)
+        temperature = jnp.exp(learner.log_temperature)
+        next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
+        next_mean, next_std = critic.apply(learner.target_critic, batch.next_observation, next_action)
+        next_sample = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -3, 3)
+        targets = target_returns(config, batch, next_mean, next_sample, next_log_density, temperature)
+
+        def critic_objective(parameters):
+            mean, std = critic.apply(parameters, batch.observation, batch.action)
+            running_std = running_average(config, learner.running_std, std)
+            return critic_loss(config, mean, std, targets, running_std), (mean, std, running_std)
+
+        (_, (mean, std, running_std)), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
+        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
+        critic_parameters = optax.apply_updates(learner.critic, changes)
+        metrics = {
+            "critic_loss": gaussian.negative_log_likelihood(mean, std, targets[1][:, None]).mean(),
+            "value": mean.mean(), "std": std.mean(), "running_std": running_std.mean(), "target": targets[0].mean(),
+            "critic_gradient_norm": optax.tree.norm(gradient),
+        }  # fmt: skip
+        learner = learner._replace(critic=critic_parameters, running_std=running_std, critic_optimizer=critic_optimizer)
+        return learner, metrics
+
+    def update_actor(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
+        temperature = jnp.exp(learner.log_temperature)
+
+        def actor_objective(parameters):
+            action, log_density = sample_action(parameters, batch.observation, key)
+            values = gaussian.value(risk, *critic.apply(learner.critic, batch.observation, action))
+            return actor_loss(values, log_density, temperature), log_density
+
+        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
+        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
+        actor_parameters = optax.apply_updates(learner.actor, changes)
+
+        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
+        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
+        learner = learner._replace(
+            actor=actor_parameters,
+            actor_optimizer=actor_optimizer,
+            log_temperature=optax.apply_updates(learner.log_temperature, changes),
+            temperature_optimizer=temperature_optimizer,
+            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, learner.critic, config.polyak),
+        )
+        return learner, {"actor_loss": actor_value, "temperature": temperature, "entropy": -log_density.mean()}
+
+    def init(key: jax.Array) -> State:
+        key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
+        observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
+        actor_parameters = actor.init(actor_key, observation)
+        critic_parameters = critic.init(critic_key, observation, action)
+        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        learner = Learner(
+            actor_parameters, critic_parameters, actor_parameters, critic_parameters, log_temperature,
+            jnp.zeros(config.num_critics), actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+            temperature_adam.init(log_temperature),
+        )  # fmt: skip
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
+        )  # fmt: skip
+        return State(learner, filled, key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return state._replace(key=key, experience=lived), episodes
+
+        def learn(state, _):
+            # One update of the actor, on the last of the batches that the critics were updated with before it.
+            key, sample_key, critic_key, actor_key = jax.random.split(state.key, 4)
+            batch = experience.sample(state.experience, sample_key, config.policy_delay * config.batch_size)
+            batches = jax.tree.map(lambda x: x.reshape(config.policy_delay, config.batch_size, *x.shape[1:]), batch)
+            learner, critic_metrics = jax.lax.scan(
+                lambda learner, batch_and_key: update_critic(learner, *batch_and_key),
+                state.learner,
+                (batches, jax.random.split(critic_key, config.policy_delay)),
+            )
+            learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches), actor_key)
+            losses = jax.tree.map(average, critic_metrics | actor_metrics)
+            return state._replace(key=key, learner=learner), losses
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        rounds = config.updates_per_iteration // config.policy_delay
+        state, losses = jax.lax.scan(learn, state, length=rounds)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return policies.squashed_mode(mean)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        observation = normalize(state.experience.normalizer, observation)
+        action, log_density = sample_action(state.learner.actor, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature) * log_density
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        observation = normalize(state.experience.normalizer, observation)
+        mean, std = critic.apply(state.learner.critic, observation, action)
+        lowest = mean.argmin(-1, keepdims=True)
+        return gaussian.law(*(jnp.take_along_axis(x, lowest, axis=-1)[:, 0] for x in (mean, std)))
+
+    def export(state: State) -> dict[str, jax.Array]:
+        layers = state.learner.actor["params"]["mlp"]["layers"]
+        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation="gelu")
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=config.num_envs * config.steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

@@ -1,0 +1,365 @@
+"""STAC: Stochastic Actor-Critic.
+
+Paper: "Stochastic Actor-Critic: Mitigating Overestimation via Temporal Aleatoric Uncertainty", Ozalp 2026,
+arXiv 2601.00737.
+
+Twin critics curb over-estimation by their disagreement, which costs a second network and says nothing of chance. STAC
+has one critic, a Gaussian over the *one-step target*: its deviation is what reward, successor and the policy's own
+sampling make uncertain from one moment to the next, not the spread of the whole return, since targets bootstrap from
+the mean. Targets and actor subtract beta times this deviation. Dropout and layer normalisation keep the one critic from
+fitting its targets too closely.
+
+    target        y = r + gamma (1 - terminated) (mu_target(s', a') - beta sigma_target(s', a') - alpha log pi(a'|s')),
+                  with a' ~ pi(.|s')
+    critic        mean of -log N(y; mu(s, a), sigma(s, a)^2)
+    actor         mean of alpha log pi(a|s) - (mu(s, a) - beta sigma(s, a)),  a ~ pi(.|s)
+    temperature   log alpha <- log alpha + rate alpha (target entropy - H),  H the mean of -log pi(a|s)
+    target        psi_target <- psi_target + polyak (psi - psi_target)
+
+Dropout is active, with fresh masks, in every pass of an update, that of the target critic included, and off in acting
+and evaluation. The law that `predict` reports is the critic's Gaussian; it is narrower than the return's, and its mean
+is below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
+
+Differences from the paper: the target entropy is that of its logs, -1 per action component (its table says half or
+less of that); evaluation takes the mode of the policy (its code averages ten samples).
+
+Run:      python algorithms/actor_critic/stac.py --env-id Pendulum-v1
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
+"""
+
+from typing import Annotated, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable, returns
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Real,
+    check_replay,
+    configuration,
+    continuous_action_size,
+)
+from jaxrl_dist.distributional import gaussian
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Experience
+from jaxrl_dist.interaction import Average, Transition, average
+from jaxrl_dist.normalization import normalize
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+DropoutRate = Annotated[float, Range(0, 0.9)]
+
+
+@configuration
+class Config:
+    """Settings of STAC; the defaults are the paper's. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 1
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 1
+    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 10_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 1_000_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """transitions per update"""
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    polyak: Fraction = 0.005
+    """how far the target parameters move towards the online ones at every update"""
+    actor_learning_rate: NonNegative = 3e-4
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 3e-4
+    """step size of the critic's Adam"""
+    temperature_learning_rate: NonNegative = 3e-4
+    """relative step size of the temperature's gradient descent; 0 keeps the temperature where it starts"""
+    initial_temperature: Positive = 0.2
+    """alpha at the start, the weight of the policy's entropy"""
+    target_entropy_per_action: Real = -1.0
+    """entropy to which the temperature steers the policy, per action component"""
+
+    actor_hidden: tuple[int, ...] = (256, 256)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (256, 256)
+    """widths of the critic's hidden layers"""
+    pessimism: NonNegative = 0.25
+    """beta, standard deviations subtracted from the mean; 0 is indifferent to chance"""
+    actor_dropout: DropoutRate = 0.01
+    """probability that a hidden unit of the actor is dropped"""
+    critic_dropout: DropoutRate = 0.01
+    """probability that a hidden unit of the critic is dropped"""
+
+
+# beta and dropout are the paper's per environment; Pendulum's sizes are ours, for a CPU.
+PRESETS = {
+    "Pendulum-v1": {
+        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
+        "pessimism": 0.125,
+    },
+    "brax/hopper": {"pessimism": 0.5},
+    "brax/halfcheetah": {"pessimism": 0.0, "actor_dropout": 0.0, "critic_dropout": 0.0},
+    "brax/walker2d": {"pessimism": 0.125, "critic_dropout": 0.0},
+    "brax/ant": {"pessimism": 0.25},
+    "brax/humanoid": {"pessimism": 0.25, "critic_dropout": 0.0},
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class DropoutMLP(nn.Module):
+    """Perceptron `[batch, inputs]` -> `[batch, features[-1]]`; hidden layers are linear, dropout, layer norm, relu.
+
+    `dropout` is the probability of a unit to be dropped, None to drop nothing; masks come from the stream "dropout".
+    """
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, dropout: jax.Array | None) -> jax.Array:
+        for index, width in enumerate(self.features[:-1]):
+            inputs = networks.MLP((width,), name=f"layer_{index}")(inputs)
+            if dropout is not None:  # flax's own layer needs a rate known at compile time
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - dropout, inputs.shape)
+                inputs = jnp.where(kept, inputs / (1 - dropout), 0)
+            inputs = nn.relu(nn.LayerNorm(epsilon=1e-5, name=f"norm_{index}")(inputs))
+        return networks.MLP(self.features[-1:], name=f"layer_{len(self.features) - 1}")(inputs)
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, dropout: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        outputs = DropoutMLP((*self.hidden, 2 * self.action_size), name="mlp")(observation, dropout)
+        mean, position = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.log(floored_softplus(position))
+
+
+class Critic(nn.Module):
+    """Mean and standard deviation of the target, `[batch, observation]`, `[batch, actions]` -> two `[batch]`."""
+
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(
+        self, observation: jax.Array, action: jax.Array, dropout: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs = jnp.concatenate([observation, action], axis=-1)
+        mean, position = DropoutMLP((*self.hidden, 2), name="mlp")(inputs, dropout).T
+        return mean, floored_softplus(position)
+
+
+def floored_softplus(position: jax.Array) -> jax.Array:
+    """Standard deviations from unbounded outputs, at least softplus(-5) = 0.0067."""
+    return nn.softplus(jnp.maximum(position, -5))
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    actor: chex.ArrayTree
+    critic: chex.ArrayTree
+    target_critic: chex.ArrayTree
+    log_temperature: jax.Array
+    actor_optimizer: optax.OptState
+    critic_optimizer: optax.OptState
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def pessimistic(config: Config, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """mu - beta sigma, what targets and actor go by, `[batch]`."""
+    return mean - config.pessimism * std
+
+
+def target_value(
+    config: Config, batch: Transition, next_value: jax.Array, next_log_density: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Reward plus the successor's discounted soft and pessimistic value, `[batch]`."""
+    discount = returns.bootstrap_discount(config.discount, batch.terminated)
+    return batch.reward + discount * (next_value - temperature * next_log_density)
+
+
+def critic_loss(mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of `[batch]` targets: neither clipped nor bounded."""
+    return gaussian.negative_log_likelihood(mean, std, target).mean()
+
+
+def actor_loss(value: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Soft value to be maximised, from `[batch]` pessimistic values."""
+    return (temperature * log_density - value).mean()
+
+
+def next_log_temperature(
+    config: Config, log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array
+) -> jax.Array:
+    """One step of gradient descent in log alpha on alpha (H - target entropy): a factor on alpha, so never negative."""
+    shortfall = target_entropy + log_density.mean()
+    return log_temperature + config.temperature_learning_rate * jnp.exp(log_temperature) * shortfall
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """STAC on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    action_size = continuous_action_size(env, env_params)
+    check_replay(config)
+    actor = Actor(config.actor_hidden, action_size)
+    critic = Critic(config.critic_hidden)
+    actor_adam = optax.adam(config.actor_learning_rate)
+    critic_adam = optax.adam(config.critic_learning_rate)
+    target_entropy = config.target_entropy_per_action * action_size
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+
+    def sample_action(actor_parameters, observation, key, dropout=None):
+        action_key, dropout_key = jax.random.split(key)
+        mean, log_std = actor.apply(actor_parameters, observation, dropout, rngs={"dropout": dropout_key})
+        return policies.squashed_gaussian(action_key, mean, log_std)
+
+    def moments(critic_parameters, observation, action, key):
+        return critic.apply(critic_parameters, observation, action, config.critic_dropout, rngs={"dropout": key})
+
+    def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
+        """One gradient step of critic, actor and temperature, and one of the target critic towards the critic."""
+        next_action_key, next_dropout_key, critic_key, action_key, actor_key = jax.random.split(key, 5)
+        temperature = jnp.exp(learner.log_temperature)
+
+        next_action, next_log_density = sample_action(
+            learner.actor, batch.next_observation, next_action_key, config.actor_dropout
+        )
+        next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action, next_dropout_key)
+        next_value = pessimistic(config, next_mean, next_std)
+        target = target_value(config, batch, next_value, next_log_density, temperature)
+
+        def critic_objective(parameters):
+            mean, std = moments(parameters, batch.observation, batch.action, critic_key)
+            return critic_loss(mean, std, target), (mean, std)
+
+        (critic_value, (mean, std)), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
+        critic_gradient_norm = optax.tree.norm(gradient)
+        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
+        critic_parameters = optax.apply_updates(learner.critic, changes)
+
+        def actor_objective(parameters):
+            action, log_density = sample_action(parameters, batch.observation, action_key, config.actor_dropout)
+            value = pessimistic(config, *moments(critic_parameters, batch.observation, action, actor_key))
+            return actor_loss(value, log_density, temperature), log_density
+
+        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
+        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
+        actor_parameters = optax.apply_updates(learner.actor, changes)
+        log_temperature = next_log_temperature(config, learner.log_temperature, log_density, target_entropy)
+
+        target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
+        metrics = {
+            "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "entropy": -log_density.mean(), "value": mean.mean(), "std": std.mean(), "target": target.mean(),
+            "critic_gradient_norm": critic_gradient_norm,
+        }  # fmt: skip
+        learner = Learner(
+            actor_parameters, critic_parameters, target_critic, log_temperature,
+            actor_optimizer, critic_optimizer,
+        )  # fmt: skip
+        return learner, jax.tree.map(average, metrics)
+
+    def init(key: jax.Array) -> State:
+        key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
+        observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
+        actor_parameters = actor.init(actor_key, observation)
+        critic_parameters = critic.init(critic_key, observation, action)
+        last = critic_parameters["params"]["mlp"][f"layer_{len(config.critic_hidden)}"]["layers"]
+        last["bias_0"] = last["bias_0"].at[0, 1].set(0)  # the deviation's
+        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        learner = Learner(
+            actor_parameters, critic_parameters, critic_parameters, log_temperature,
+            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+        )  # fmt: skip
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
+        )  # fmt: skip
+        return State(learner, filled, key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return state._replace(key=key, experience=lived), episodes
+
+        def learn(state, _):
+            key, sample_key, update_key = jax.random.split(state.key, 3)
+            batch = experience.sample(state.experience, sample_key, config.batch_size)
+            learner, losses = update(state.learner, batch, update_key)
+            return state._replace(key=key, learner=learner), losses
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return policies.squashed_mode(mean)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        observation = normalize(state.experience.normalizer, observation)
+        action, log_density = sample_action(state.learner.actor, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature) * log_density
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        observation = normalize(state.experience.normalizer, observation)
+        return gaussian.law(*critic.apply(state.learner.critic, observation, action))
+
+    def export(state: State) -> dict[str, jax.Array]:
+        parameters, arrays = state.learner.actor["params"]["mlp"], {}
+        for index in range(len(config.actor_hidden) + 1):
+            arrays |= {f"{name[:-2]}_{index}": x for name, x in parameters[f"layer_{index}"]["layers"].items()}
+        for index in range(len(config.actor_hidden)):
+            arrays |= {f"norm_{name}_{index}": x[None] for name, x in parameters[f"norm_{index}"].items()}
+        return portable.mlp_policy(arrays, action_size, state.experience.normalizer)
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=config.num_envs * config.steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

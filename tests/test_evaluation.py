@@ -225,8 +225,12 @@ def test_calibration_by_hand():
     # Second state: all mass at 5 against 1, 1, 1, 5: three quarters moved by 4, mean 5 against 2.
     predicted = Law(jnp.array([[4.0, 0.0], [5.0, 100.0]]), jnp.array([[0.25, 0.75], [1.0, 0.0]]))
     found = evaluation.ReturnDistributions(predicted, jnp.array([[4.0, 0.0, 4.0, 0.0], [1.0, 5.0, 1.0, 1.0]]))
-    assert evaluation.calibration(found).calibration_w1 == pytest.approx((1 + 3) / 2)
-    assert evaluation.calibration(found).overestimation == pytest.approx((-1 + 3) / 2)
+    calibration = evaluation.calibration(found)
+    assert calibration.calibration_w1 == pytest.approx((1 + 3) / 2)
+    assert calibration.overestimation == pytest.approx((-1 + 3) / 2)
+    assert calibration.overestimation_spread == pytest.approx(2)
+    # From 0 to 4 lie all four returns of the first state, from 5 to 5 one of the second's.
+    assert calibration.coverage == pytest.approx(5 / 8)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.5])
@@ -247,10 +251,14 @@ def test_calibration_of_a_prediction_that_is_right_but_for_a_shift(shift):
         )  # fmt: skip
         return evaluation.calibration(found)
 
-    distance, overestimation = calibrate(jax.random.key(3))
+    distance, overestimation, spread, coverage = calibrate(jax.random.key(3))
+    assert spread < 0.1  # the same shift everywhere
     # The deviation of a return is about 1.4, so that of a mean over all rollouts 0.016.
     assert overestimation == pytest.approx(shift, abs=0.05)
     if shift:
         assert distance == pytest.approx(abs(shift), abs=0.05)
+        assert coverage == 0  # no return lies on a shifted atom's
     else:
+        # The quantiles at 0.1 and 0.9 are the first and the fourth value, of probability 1/2 + 1/4 + 1/8 + 1/16.
+        assert coverage == pytest.approx(15 / 16, abs=0.02)
         assert 0 < distance < 0.1  # the sampling error of a state's rollouts

@@ -82,3 +82,18 @@ def test_hand_worked(tmp_path):
     normalised = np.array([[0.5], [-1.0], [10.0]])  # the last is 30 before clipping
     expected = 5 * (np.tanh(2 * np.maximum(3 * normalised + 1, 0) - 4) + 1)
     np.testing.assert_allclose(policy(np.array([[6.0], [3.0], [65.0]])), expected, atol=1e-5)
+
+
+def test_gelu_and_layer_normalisation_by_hand(tmp_path):
+    # Two hidden units 1 and 3 of the input 1: normalised to -1 and 1, scaled and shifted to -2 + 1 and 2 + 1.
+    layers = {
+        "kernel_0": jnp.array([[[1.0, 3.0]]]), "bias_0": jnp.zeros((1, 2)), "norm_scale_0": jnp.full((1, 2), 2.0),
+        "norm_bias_0": jnp.ones((1, 2)), "kernel_1": jnp.array([[[0.1], [0.2]]]), "bias_1": jnp.zeros((1, 1)),
+    }  # fmt: skip
+    for activation, expected in (("relu", 0.2 * 3), ("gelu", 0.1 * -0.158808 + 0.2 * 2.996363)):
+        arrays = portable.mlp_policy(layers, 1, activation=activation)
+        portable.save_policy(tmp_path / "p.npz", arrays, np.array([-1.0]), np.array([1.0]))
+        action = portable.load_policy(tmp_path / "p.npz")(np.array([[1.0]]))
+        np.testing.assert_allclose(action, [[np.tanh(expected)]], atol=1e-5)
+    with pytest.raises(ValueError, match="activation is 'swish'; it must be one of relu, gelu"):
+        portable.mlp_policy(layers, 1, activation="swish")

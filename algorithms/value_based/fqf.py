@@ -112,12 +112,12 @@ PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
-        "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
+        "num_fractions": 8, "fraction_learning_rate": 1e-8, "entropy_weight": 1e-3,
     },
     "Acrobot-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
-        "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
+        "num_fractions": 8, "fraction_learning_rate": 1e-8, "entropy_weight": 1e-3,
     },
     "Catch-bsuite": {
         "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
@@ -127,7 +127,7 @@ PRESETS = {
     "Breakout-MinAtar": {
         "total_steps": 300_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
         "hidden": (128, 128),
-        "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
+        "num_fractions": 8, "fraction_learning_rate": 1e-8, "entropy_weight": 1e-3,
     },
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,

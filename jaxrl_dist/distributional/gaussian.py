@@ -19,7 +19,7 @@ def law(mean: jax.Array, std: jax.Array, num_atoms: int = 51) -> Law:
     """The Gaussian as equally weighted quantiles at midpoints, `[...]`, `[...]` -> atoms `[..., num_atoms]`.
 
     Of all laws with so many equally weighted atoms the closest in Wasserstein-1 distance; its mean is exact, its
-    standard deviation 1.4 % too small for 51 atoms.
+    standard deviation 1.2 % too small for 51 atoms.
     """
     chex.assert_equal_shape([mean, std])
     standard = jax.scipy.special.ndtri(quantile.midpoints(num_atoms))

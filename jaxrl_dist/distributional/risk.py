@@ -162,7 +162,8 @@ def _invert(increasing, values):
     low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (jnp.zeros_like(values), jnp.ones_like(values)))
     found = jax.lax.stop_gradient(jnp.where(jnp.isnan(values), values, (low + high) / 2))
     _, slope = jax.jvp(increasing, (jnp.clip(found, 1e-6, 1 - 1e-6),), (jnp.ones_like(found),))
-    return found + (values - jax.lax.stop_gradient(values)) / jax.lax.stop_gradient(slope)
+    slope = jnp.maximum(jax.lax.stop_gradient(slope), 1e-6)  # 0 at the ends, where a gradient would be infinite
+    return found + (values - jax.lax.stop_gradient(values)) / slope
 
 
 # -- values -----------------------------------------------------------------------------------------------------------

@@ -165,21 +165,40 @@ def network(parameters, name: str = "mlp") -> dict[str, np.ndarray]:
     return {key: np.asarray(value, np.float64) for key, value in layers.get("layers", layers).items()}
 
 
-def forward(net: dict, member: int, inputs: np.ndarray) -> list[np.ndarray]:
-    """One member's activations, from the input to the output; relu in between."""
+def activated(values: np.ndarray, activation: str) -> np.ndarray:
+    """What a hidden layer makes of its sums: "relu", or "gelu" in its tanh form."""
+    if activation == "relu":
+        return np.maximum(values, 0)
+    return 0.5 * values * (1 + np.tanh(np.sqrt(2 / np.pi) * (values + 0.044715 * values**3)))
+
+
+def activation_slope(values: np.ndarray, activation: str) -> np.ndarray:
+    """Derivative of `activated`."""
+    if activation == "relu":
+        return (values > 0).astype(np.float64)
+    tanh = np.tanh(np.sqrt(2 / np.pi) * (values + 0.044715 * values**3))
+    inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * values**2)
+    return 0.5 * (1 + tanh) + 0.5 * values * (1 - tanh**2) * inner
+
+
+def forward(net: dict, member: int, inputs: np.ndarray, activation: str = "relu") -> list[np.ndarray]:
+    """One member's activations, from the input to the output; `activation` in between."""
     activations, depth = [inputs], len(net) // 2
     for layer in range(depth):
         outputs = activations[-1] @ net[f"kernel_{layer}"][member] + net[f"bias_{layer}"][member]
-        activations.append(outputs if layer == depth - 1 else np.maximum(outputs, 0))
+        activations.append(outputs if layer == depth - 1 else activated(outputs, activation))
     return activations
 
 
-def backward(net: dict, member: int, activations: list, slope: np.ndarray, gradient: dict | None = None) -> np.ndarray:
+def backward(
+    net: dict, member: int, activations: list, slope: np.ndarray, gradient: dict | None = None, activation: str = "relu"
+) -> np.ndarray:
     """Carry the slope of a loss in one member's output back to its input, adding to `gradient` if there is one."""
     depth = len(net) // 2
     for layer in reversed(range(depth)):
         if layer < depth - 1:
-            slope = slope * (activations[layer + 1] > 0)
+            sums = activations[layer] @ net[f"kernel_{layer}"][member] + net[f"bias_{layer}"][member]
+            slope = slope * activation_slope(sums, activation)
         if gradient is not None:
             gradient[f"kernel_{layer}"][member] += activations[layer].T @ slope
             gradient[f"bias_{layer}"][member] += slope.sum(0)
@@ -258,10 +277,13 @@ class Adam:
 # -- the squashed Gaussian --------------------------------------------------------------------------------------------
 
 
-def soft_sample(outputs: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]:
-    """The action tanh(mean + std noise) of an actor's outputs `[batch, 2 actions]`, and its log-density."""
+def soft_sample(outputs: np.ndarray, noise: np.ndarray, bounds: tuple = (-20, 2)) -> dict[str, np.ndarray]:
+    """The action tanh(mean + std noise) of an actor's outputs `[batch, 2 actions]`, and its log-density.
+
+    `bounds` are those of the log standard deviation.
+    """
     mean, raw_log_std = np.split(outputs, 2, axis=1)
-    log_std = np.clip(raw_log_std, -20, 2)
+    log_std = np.clip(raw_log_std, *bounds)
     pre_tanh = mean + np.exp(log_std) * noise
     action = np.tanh(pre_tanh)
     log_density = np.zeros(len(outputs))
@@ -271,7 +293,7 @@ def soft_sample(outputs: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]
             log_density[row] += gaussian - np.log(1 - action[row, column] ** 2)
     return {
         "action": action, "log_density": log_density, "std_noise": np.exp(log_std) * noise,
-        "free": (raw_log_std > -20) & (raw_log_std < 2),
+        "free": (raw_log_std > bounds[0]) & (raw_log_std < bounds[1]),
     }  # fmt: skip
 
 

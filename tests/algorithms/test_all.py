@@ -8,26 +8,37 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl_dist import envs, normalization, portable, returns, training
 from jaxrl_dist.agent import check_configuration
-from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
+from jaxrl_dist.algorithms.actor_critic import d4pg, ddpg, dsac, dsac_t, sac, stac, td3, tqc
 from jaxrl_dist.distributional import law
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 
-ALGORITHMS = {"tqc": tqc, "sac": sac, "td3": td3, "ddpg": ddpg}
-SOFT = ("tqc", "sac")
+ALGORITHMS = {
+    "tqc": tqc, "sac": sac, "td3": td3, "ddpg": ddpg, "d4pg": d4pg, "dsac": dsac, "dsac_t": dsac_t, "stac": stac,
+}  # fmt: skip
+SOFT = ("tqc", "sac", "dsac", "dsac_t", "stac")
+GAUSSIAN = ("dsac", "dsac_t", "stac")
 SMALL = {
     "warmup_steps": 24, "replay_capacity": 120, "batch_size": 6, "actor_hidden": (8, 8), "critic_hidden": (8, 8),
 }  # fmt: skip
-FEW_ATOMS = {"num_critics": 2, "num_quantiles": 5, "quantiles_dropped": 1}
+# What keeps each algorithm small, and every one of its settings alive within a few updates.
+OWN = {
+    "tqc": {"num_critics": 2, "num_quantiles": 5, "quantiles_dropped": 1},
+    "d4pg": {"num_envs": 1, "updates_per_iteration": 1, "num_steps": 2, "target_period": 1, "num_atoms": 11,
+             "v_min": -4.0, "v_max": 4.0, "action_gradient_bound": 0.01},
+    "dsac": {"target_bound": 0.5},
+    "dsac_t": {"num_envs": 1, "bound_width": 0.5},
+}  # fmt: skip
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
 
 def small_agent(name, env=None, **settings):
-    settings = SMALL | (FEW_ATOMS if name == "tqc" else {}) | settings
+    settings = SMALL | OWN.get(name, {}) | settings
     return by_hand.agent_on(ALGORITHMS[name], env or by_hand.Drift(), **settings)
 
 
@@ -38,6 +49,14 @@ SEEN = {
     "observation": (-1, 1), "discounting": (0, 1), "action_observation": (-1, 1), "final_observation": (-1, 1)
 }  # fmt: skip
 OBSERVATIONS = jnp.array([[-1.0], [0.0], [1.0]])
+
+
+PROBE_SETTINGS = {
+    "tqc": OWN["tqc"],
+    "d4pg": {"num_steps": 1, "updates_per_iteration": 1, "target_period": 20, "v_min": -4.0, "v_max": 4.0},
+    "dsac": {"min_std": 0.1, "max_std": 3.0},
+    "stac": {"pessimism": 0.0, "actor_dropout": 0.0, "critic_dropout": 0.0},
+}
 
 
 def probe_errors(name: str, env=None, cases=CASES, iterations=900, **settings) -> dict[str, tuple[float, float]]:
@@ -51,10 +70,11 @@ def probe_errors(name: str, env=None, cases=CASES, iterations=900, **settings) -
         "critic_hidden": (16, 16), "discount": discount, "polyak": 0.05, "actor_learning_rate": 3e-3,
         "critic_learning_rate": 1e-2,
     } | settings  # fmt: skip
-    if name == "tqc":
-        settings |= FEW_ATOMS
+    settings |= PROBE_SETTINGS.get(name, {})
     if name in SOFT:
         settings |= {"initial_temperature": 1e-6, "temperature_learning_rate": 0.0}
+    fields = {field.name for field in dataclasses.fields(ALGORITHMS[name].Config)}
+    settings = {field: value for field, value in settings.items() if field in fields}
     config = dataclasses.replace(ALGORITHMS[name].Config(), **settings)
 
     def train(case):
@@ -156,7 +176,7 @@ def test_every_float_does_what_it_says_in_one_program(name):
     }  # fmt: skip
 
     targets = {part for part in parts if part.startswith("target")}
-    assert feels["polyak"] == targets
+    assert feels.get("polyak", targets) == targets
     assert feels["actor_learning_rate"] == {"actor"} | targets - {"target_critic"}
     # The actor climbs the critics as they are after their update.
     assert feels["critic_learning_rate"] >= {"critic", "target_critic", "actor_optimizer"}
@@ -165,12 +185,23 @@ def test_every_float_does_what_it_says_in_one_program(name):
     assert feels["discount"].isdisjoint({"replay", "temperature_optimizer"})
     if name in SOFT:
         assert feels["temperature_learning_rate"] == {"log_temperature"}
-        assert feels["target_entropy_per_action"] - {"log_temperature"} == {"temperature_optimizer"}
+        optimizer = {"temperature_optimizer"} & parts.keys()
+        assert feels["target_entropy_per_action"] | {"log_temperature"} == optimizer | {"log_temperature"}
         assert feels["initial_temperature"] >= {"critic_optimizer", "actor_optimizer", "log_temperature"}
     else:
         assert "replay" in feels["exploration_noise"]
     if name == "tqc":
         assert "critic_optimizer" in feels["kappa"]
+    if name == "d4pg":
+        assert "actor_optimizer" in feels["action_gradient_bound"]
+        assert "critic_optimizer" not in feels["action_gradient_bound"]
+    if name == "dsac":
+        assert "critic_optimizer" in feels["min_std"] & feels["max_std"] & feels["target_bound"]
+    if name == "dsac_t":
+        assert "running_std" in feels["running_rate"]
+        assert not feels.pop("target_bound")  # it is for those who switch off the bound that adapts
+    if name == "stac":
+        assert {"critic_optimizer", "actor_optimizer"} <= feels["pessimism"] & feels["actor_dropout"]
     if name == "td3":
         assert "critic_optimizer" in feels["target_noise"] & feels["target_noise_clip"]
         assert "replay" not in feels["target_noise"] | feels["target_noise_clip"]
@@ -190,6 +221,8 @@ def test_every_other_field_changes_the_program(name):
         return str(jax.make_jaxpr(lambda key: agent.step(agent.init(key)))(jax.random.key(0)))
 
     def other(value):
+        if isinstance(value, str):
+            return "cvar:0.5"
         return not value if isinstance(value, bool) else 2 * value if isinstance(value, int) else (9, 7)
 
     original = program(config)
@@ -240,8 +273,8 @@ def test_state_keeps_its_structure_and_counts_are_right(name, settings):
     assert state.experience.replay.size == 24 + iterations * steps
     updates = iterations * config.updates_per_iteration
     actor_updates = updates // getattr(config, "policy_delay", 1)
-    assert by_hand.Adam(state.learner.critic_optimizer).time == updates
-    assert by_hand.Adam(state.learner.actor_optimizer).time == actor_updates
+    assert optax.tree_utils.tree_get(state.learner.critic_optimizer, "count") == updates
+    assert optax.tree_utils.tree_get(state.learner.actor_optimizer, "count") == actor_updates
     expected = {"episode_return", "episode_length", "critic_loss", "actor_loss", "value", "target"}
     assert metrics.keys() >= expected | {"critic_gradient_norm"}
     for metric in metrics.values():
@@ -281,23 +314,27 @@ def test_start(started):
     learner = state.learner
     jax.tree.map(np.testing.assert_array_equal, learner.target_critic, learner.critic)
     if name in SOFT:
-        assert learner.log_temperature == 0
-    else:
+        np.testing.assert_allclose(learner.log_temperature, np.log(config.initial_temperature), rtol=1e-6)
+    if hasattr(learner, "target_actor"):
         jax.tree.map(np.testing.assert_array_equal, learner.target_actor, learner.actor)
     members = getattr(config, "num_critics", 1)
     for parameters, inputs, count in ((learner.actor, 3, 1), (learner.critic, 5, members)):
+        if name == "stac":
+            continue  # has its own layers, and tests of them
         net, fan_in = by_hand.network(parameters), inputs
         assert net["kernel_0"].shape == (count, inputs, 8)
         for layer in range(3):
-            for part in ("kernel", "bias"):  # uniform within 1 / sqrt(fan-in), PyTorch's default
+            near_zero = name == "d4pg" and parameters is learner.actor and layer == 2
+            bound = 3e-3 if near_zero else fan_in**-0.5  # uniform within 1 / sqrt(fan-in), PyTorch's default
+            for part in ("kernel", "bias"):
                 values = net[f"{part}_{layer}"]
-                assert np.abs(values).max() <= fan_in**-0.5
+                assert np.abs(values).max() <= bound
                 assert len(np.unique(values)) == values.size  # so critics differ from each other
-            assert np.abs(net[f"kernel_{layer}"]).max() > 0.8 * fan_in**-0.5
+            assert np.abs(net[f"kernel_{layer}"]).max() > 0.8 * bound
             fan_in = 8
     # Another key: other parameters and other actions from the first one on.
     for one, two in zip(jax.tree.leaves(learner.critic), jax.tree.leaves(other.learner.critic), strict=True):
-        assert (one != two).all()
+        assert (one != two).all() or one.ndim < 3
     actions = state.experience.replay.rows.action, other.experience.replay.rows.action
     assert (actions[0][0] != actions[1][0]).all()
     warm = np.asarray(actions[0][:24])
@@ -321,7 +358,7 @@ def test_observations_are_normalised_wherever_the_networks_see_them(started):
          agent.target_policy(plain, normalized, jax.random.key(0))),
     ):  # fmt: skip
         jax.tree.map(np.testing.assert_array_equal, one, two)
-    raw, predicted = (agent.predict(s, observation, action).atoms for s in (plain, state))
+    raw, predicted = (law.mean(agent.predict(s, observation, action)) for s in (plain, state))
     assert not np.array_equal(raw, predicted)
 
 
@@ -329,7 +366,11 @@ def test_actions_and_predictions(started):
     name, agent, config, state, _ = started
     observation = jax.random.normal(jax.random.key(5), (7, 3))
     inputs = np.asarray(normalization.normalize(state.experience.normalizer, observation), np.float64)
-    outputs = by_hand.forward(by_hand.network(state.learner.actor), 0, inputs)[-1]
+    if name in GAUSSIAN:  # these networks are gone through by hand in the tests of whole updates
+        actor = ALGORITHMS[name].Actor(config.actor_hidden, 2)
+        outputs = np.concatenate(actor.apply(state.learner.actor, inputs.astype(np.float32)), axis=1)
+    else:
+        outputs = by_hand.forward(by_hand.network(state.learner.actor), 0, inputs)[-1]
     action = agent.act(state, observation, jax.random.key(0))
     np.testing.assert_allclose(action, np.tanh(outputs[:, :2]), rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(action, agent.act(state, observation, jax.random.key(1)))
@@ -350,8 +391,21 @@ def test_actions_and_predictions(started):
             np.testing.assert_array_equal(followed, action)
 
     atoms, masses = agent.predict(state, observation, action)
+    if name in GAUSSIAN:
+        bounds = (config.min_std, config.max_std) if name == "dsac" else ()
+        critic = ALGORITHMS[name].Critic(config.critic_hidden, *([2] if name == "dsac_t" else []))
+        mean, std = critic.apply(state.learner.critic, inputs.astype(np.float32), action, *bounds)
+        if name == "dsac_t":
+            mean, std = (jnp.where(mean[:, 0] < mean[:, 1], x[:, 0], x[:, 1]) for x in (mean, std))
+        np.testing.assert_allclose(atoms[:, 25], mean, rtol=1e-4, atol=1e-5)  # the median
+        np.testing.assert_allclose(atoms.std(1), std, rtol=0.02)
+        return
     critic, pairs = by_hand.network(state.learner.critic), np.concatenate([inputs, np.asarray(action)], axis=1)
     members = [by_hand.forward(critic, member, pairs)[-1] for member in range(getattr(config, "num_critics", 1))]
+    if name == "d4pg":
+        np.testing.assert_allclose(atoms, np.tile(np.linspace(-4, 4, 11), (7, 1)), atol=1e-6)
+        np.testing.assert_allclose(masses, by_hand.softmax(members[0]), rtol=1e-3)
+        return
     np.testing.assert_allclose(atoms, np.concatenate(members, axis=1), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(masses, np.full(atoms.shape, 1 / atoms.shape[1]), rtol=1e-6)
 
@@ -371,7 +425,9 @@ def test_exported_policy_is_the_evaluation_policy(started, tmp_path):
 @every_algorithm
 def test_targets_bootstrap_at_pendulums_time_limit_and_not_at_a_termination(name):
     env, params = envs.make("Pendulum-v1")
-    settings = SMALL | (FEW_ATOMS if name == "tqc" else {}) | {"warmup_steps": 200, "replay_capacity": 200}
+    settings = SMALL | OWN.get(name, {}) | {"warmup_steps": 200, "replay_capacity": 200}
+    if name == "d4pg":
+        settings |= {"num_steps": 1, "v_min": -20.0, "v_max": 20.0}
     config = dataclasses.replace(ALGORITHMS[name].Config(), **settings)
     agent = ALGORITHMS[name].make_agent(config, env, params)
     flags = jnp.array([[True, False], [True, True], [False, True], [False, False]])  # terminated, truncated
@@ -398,7 +454,7 @@ def test_targets_bootstrap_at_pendulums_time_limit_and_not_at_a_termination(name
     assert np.abs(rows.next_observation[199] - rows.observation[199]).max() < 1.5
     assert not np.array_equal(rows.next_observation[199], first_observation)
 
-    np.testing.assert_allclose(targets[:2], rows.reward[199], rtol=1e-5)
+    np.testing.assert_allclose(targets[:2], rows.reward[199], rtol=1e-4 if name == "d4pg" else 1e-5)
     assert targets[2] == targets[3]
     assert abs(targets[2] - rows.reward[199]) > 1e-3
 
@@ -446,14 +502,15 @@ def test_every_number_has_a_range(name):
     check_configuration(config)
     for field in dataclasses.fields(config):
         value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool | str):
             continue
         bad_values = [(64, 0)] if isinstance(value, tuple) else [float("nan"), float("inf")]
-        if not isinstance(value, tuple) and field.name != "target_entropy_per_action":
+        if not isinstance(value, tuple) and field.name not in ("target_entropy_per_action", "v_min", "v_max"):
             bad_values.append(-1)
-        if field.name in ("discount", "polyak", "noise_reversion"):
+        if field.name in ("discount", "polyak", "noise_reversion", "running_rate", "actor_dropout", "critic_dropout"):
             bad_values.append(1.001)
-        if field.name == "initial_temperature" or (isinstance(value, int) and field.name != "quantiles_dropped"):
+        positive = ("initial_temperature", "min_std", "max_std", "target_bound", "bound_width", "action_gradient_bound")
+        if field.name in positive or (isinstance(value, int) and field.name != "quantiles_dropped"):
             bad_values.append(0)
         for bad in bad_values:
             with pytest.raises(ValueError, match=re.escape(f"{option} is {bad}; it must be ")):
@@ -464,7 +521,10 @@ def test_every_number_has_a_range(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("tqc", 10_000), ("sac", 10_000), ("td3", 15_000), ("ddpg", 10_000)])
+@pytest.mark.parametrize(("name", "steps"), [
+    ("tqc", 10_000), ("sac", 10_000), ("td3", 15_000), ("ddpg", 10_000),
+    ("d4pg", 15_000), ("dsac_t", 10_000), ("stac", 10_000),
+])  # fmt: skip
 def test_learns_pendulum(name, steps):
     """The median of three seeds: a policy of this age still falls back now and then (optimum about -130)."""
     env, params = envs.make("Pendulum-v1")

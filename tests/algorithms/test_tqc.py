@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.distributional import risk as risks
 
 NEXT_ATOMS = jnp.array([[[1.0, 5, 3], [4, 8, 6]]])
 ATOMS = jnp.array([[[0.0, 2, 4], [1, 3, 5]]])
@@ -132,10 +133,18 @@ def test_critic_loss_sends_no_gradient_into_its_target():
 
 def test_actor_loss_takes_all_atoms():
     # The truncated mean would be 3.25.
-    assert tqc.actor_loss(NEXT_ATOMS, jnp.array([-1.5]), jnp.float32(0)) == pytest.approx(-4.5)
-    assert tqc.actor_loss(NEXT_ATOMS, jnp.array([-1.5]), jnp.float32(0.2)) == pytest.approx(-4.8)
-    gradient = jax.grad(tqc.actor_loss)(NEXT_ATOMS, jnp.array([-1.5]), jnp.float32(0.2))
+    assert tqc.actor_loss(risks.NEUTRAL, NEXT_ATOMS, jnp.array([-1.5]), jnp.float32(0)) == pytest.approx(-4.5)
+    assert tqc.actor_loss(risks.NEUTRAL, NEXT_ATOMS, jnp.array([-1.5]), jnp.float32(0.2)) == pytest.approx(-4.8)
+    gradient = jax.grad(tqc.actor_loss, argnums=1)(risks.NEUTRAL, NEXT_ATOMS, jnp.array([-1.5]), jnp.float32(0.2))
     np.testing.assert_allclose(gradient, np.full((1, 2, 3), -1 / 6), rtol=1e-6)
+
+
+def test_averse_actor_climbs_the_smallest_of_all_atoms():
+    # Half of the six atoms 1, 3, 4, 5, 6, 8 are the worst half: 1, 3 and 4, of both critics.
+    risk = risks.parse("cvar:0.5")
+    value, gradient = jax.value_and_grad(tqc.actor_loss, argnums=1)(risk, NEXT_ATOMS, jnp.zeros(1), jnp.float32(0.2))
+    assert value == pytest.approx(-8 / 3)
+    np.testing.assert_allclose(gradient, [[[-1 / 3, 0, -1 / 3], [-1 / 3, 0, 0]]], atol=1e-6)
 
 
 def test_temperature_loss_by_hand():

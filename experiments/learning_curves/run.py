@@ -34,8 +34,9 @@ HOPPER = {
 DOUBLE_PENDULUM = HOPPER | {"num_envs": 4, "warmup_steps": 2_000, "batch_size": 128}
 # The value-based family takes its presets, which differ in nothing but the representation of the return.
 VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow")}
+ACTOR_CRITIC = {name: {} for name in ("tqc", "sac", "td3", "ddpg", "d4pg", "dsac", "dsac_t", "stac")}
 SETTINGS = {
-    "Pendulum-v1": {"total_steps": 15_000, "algorithms": {"tqc": {}, "sac": {}, "td3": {}, "ddpg": {}}},
+    "Pendulum-v1": {"total_steps": 15_000, "algorithms": ACTOR_CRITIC},
     "CartPole-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
     "Acrobot-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
     "Catch-bsuite": {"total_steps": 20_000, "algorithms": VALUE_BASED},

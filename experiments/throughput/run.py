@@ -31,7 +31,7 @@ import pandas as pd
 import tyro
 
 from jaxrl_dist import cli, recording, training
-from jaxrl_dist.algorithms.actor_critic import ddpg, sac, td3, tqc
+from jaxrl_dist.algorithms.actor_critic import d4pg, ddpg, dsac, dsac_t, sac, stac, td3, tqc
 
 HERE = Path(__file__).parent
 WIDE = (512, 512, 512)
@@ -54,6 +54,7 @@ class Case:
     def config(self, capacity: int = 20_000):
         """The paper's settings at this case's widths, with one update per environment step."""
         return self.module.Config(
+            num_envs=1, steps_per_iteration=self.policy_delay, updates_per_iteration=self.policy_delay,
             warmup_steps=1_000, replay_capacity=capacity, batch_size=256,
             actor_hidden=BASE, critic_hidden=self.critic_hidden,
         )  # fmt: skip
@@ -65,6 +66,10 @@ CASES = (
     Case("sac 256x256", sac, BASE, 2, 1, 2, True),
     Case("tqc 5x25 256x256", tqc, BASE, 5, 25, 2, True),
     Case("tqc 5x25 512x512x512", tqc, WIDE, 5, 25, 2, True),
+    Case("d4pg 51 256x256", d4pg, BASE, 1, 51, 1, False),
+    Case("dsac 256x256", dsac, BASE, 1, 2, 2, True, policy_delay=2),
+    Case("dsac_t 256x256", dsac_t, BASE, 2, 2, 2, True, policy_delay=2),
+    Case("stac 256x256", stac, BASE, 1, 2, 2, True),
 )
 
 
@@ -78,7 +83,7 @@ def main(
         seconds: length of one measurement.
         out: folder to write to.
         replay_only: measure only the replay's capacities.
-        only: measure only the cases whose name contains this, and print instead of writing.
+        only: measure only the cases whose name contains this; the rows of others stay as they were.
     """
     cli.spread_over_cores()
     from jaxrl_dist import envs  # after the line above: importing gymnax starts JAX
@@ -90,12 +95,15 @@ def main(
         return
     cases = [case for case in CASES if only in case.name]
     rows = [row for case in cases for row in measure_case(case, env, env_params, repetitions, seconds)]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).assign(date=time.strftime("%Y-%m-%d"))
     print(table.to_string(index=False))
+    out.mkdir(parents=True, exist_ok=True)
+    if only and (out / "results.csv").exists():
+        earlier = pd.read_csv(out / "results.csv")
+        table = pd.concat([earlier[~earlier.case.isin(table.case)], table])
+    table.to_csv(out / "results.csv", index=False)
     if only:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "results.csv", index=False)
     write_capacities(env, env_params, repetitions, seconds, out)
     about = {
         "command": recording.command_line(), "seconds": round(time.perf_counter() - started),

@@ -87,7 +87,7 @@ def test_gradients_of_the_paper_and_of_the_repository_by_hand():
     paper = slopes_of(dsac_t.Config())
     np.testing.assert_allclose(paper, [[[-2.490439, -0.1453846]], [[2.882436, -1.5103188]]], rtol=1e-5)
     repository = slopes_of(config_with(repository_loss=True))
-    np.testing.assert_allclose(repository, [[[-2.451220, -0.1038462]], [[2.786298, -0.5266272]]], rtol=1e-5)
+    np.testing.assert_allclose(repository, [[[-2.451220, -0.1038462]], [[2.786298, -0.5266272]]], rtol=1e-4)
 
 
 @pytest.mark.parametrize("repository", [False, True])
@@ -95,9 +95,9 @@ def test_loss_is_a_mean_over_the_batch_and_a_sum_over_critics(repository):
     config = config_with(repository_loss=repository)
     slopes = slopes_of(config)
     thrice = slopes_of(config, *(jnp.repeat(x, 3, 0) for x in (MEAN, STD)), [jnp.repeat(x, 3) for x in TARGETS])
-    np.testing.assert_allclose(thrice, np.repeat(slopes, 3, axis=1) / 3, rtol=1e-6)
+    np.testing.assert_allclose(thrice, np.repeat(slopes, 3, axis=1) / 3, rtol=1e-4)
     alone = [slopes_of(config, MEAN[:, i : i + 1], STD[:, i : i + 1], TARGETS, RUNNING[i : i + 1]) for i in range(2)]
-    np.testing.assert_allclose(np.concatenate(alone, axis=2), slopes, rtol=1e-6)
+    np.testing.assert_allclose(np.concatenate(alone, axis=2), slopes, rtol=1e-4)
 
 
 @pytest.mark.parametrize("repository", [False, True])
@@ -117,7 +117,7 @@ def test_bound_is_that_many_running_means_wide_and_leaves_the_mean_alone(reposit
 def test_gradients_without_bias_grow_with_the_unit_of_reward(repository):
     config = config_with(repository_loss=repository, gradient_bias=0.0)
     scaled = slopes_of(config, 10 * MEAN, 10 * STD, [10 * target for target in TARGETS], 10 * RUNNING)
-    np.testing.assert_allclose(scaled, 10 * slopes_of(config), rtol=1e-5)
+    np.testing.assert_allclose(scaled, 10 * slopes_of(config), rtol=1e-4)
 
 
 def test_gradients_without_variance_scaling_shrink_with_the_unit_of_reward():
@@ -408,9 +408,9 @@ def started(request):
 def test_updates_equal_loops_in_numpy(started):
     agent, config, state = started
     np.testing.assert_array_equal(state.learner.running_std, np.zeros(config.num_critics))
-    # Start from a key whose draws are cut at 3 standard deviations.
-    largest = jax.vmap(lambda seed: jnp.abs(noises_of(jax.random.key(seed), config)[1]["next_return"]).max())
-    seed = int(jax.jit(largest)(jnp.arange(500)).argmax())
+    # Start from a key with many draws that are cut at 3 standard deviations: not every critic's is used.
+    cut = jax.vmap(lambda seed: (jnp.abs(noises_of(jax.random.key(seed), config)[1]["next_return"]) > 3.2).sum())
+    seed = int(jax.jit(cut)(jnp.arange(3000)).argmax())
     state = by_hand.with_fresh_keys(state)._replace(key=jax.random.key(seed))
     step, found = by_hand.quick(agent.step), []
     for _ in range(5):

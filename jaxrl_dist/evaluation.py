@@ -78,6 +78,11 @@ def horizon(discount: float | jax.Array) -> jax.Array:
     return jnp.minimum(steps, LONGEST_ROLLOUT).astype(jnp.int32)
 
 
+def spread(episode_limit: int, states: int) -> int:
+    """Steps over which the compared states are spread: a quarter of the longest episode, and a step per state."""
+    return max(states, episode_limit // 4)
+
+
 def episode_limit(env_params, fallback: int = 0) -> int:
     """Steps after which an episode ends at the latest; `fallback` where the environment itself sets no time limit."""
     limit = int(getattr(env_params, "max_steps_in_episode", 0)) or fallback

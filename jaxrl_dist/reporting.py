@@ -52,7 +52,7 @@ def draw_return_distribution(
         lambda state, key: evaluation.return_distributions(
             agent, problem.env, endless, state, key,
             discount=config.discount, states=states, rollouts=200, horizon=evaluation.horizon(config.discount),
-            spread=max(states, limit // 4),
+            spread=evaluation.spread(limit, states),
         )
     )  # fmt: skip
     found = compare(jax.device_put(state, jax.devices()[0]), key)

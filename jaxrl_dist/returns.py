@@ -15,16 +15,6 @@ def bootstrap_discount(gamma: float | jax.Array, terminated: jax.Array) -> jax.A
     return gamma * (1 - terminated.astype(jnp.float32))
 
 
-def discounted_sum(rewards: jax.Array, discounts: jax.Array, bootstrap: jax.Array) -> jax.Array:
-    """r_0 + d_0 (r_1 + d_1 (... + d_{T-1} bootstrap)): `[time, ...]`, `[time, ...]`, `[...]` -> `[...]`."""
-
-    def backwards(following, step):
-        reward, discount = step
-        return reward + discount * following, None
-
-    return jax.lax.scan(backwards, bootstrap, (rewards, discounts), reverse=True)[0]
-
-
 class NStep(NamedTuple):
     """An n-step target's parts, each `[...]`: target = reward + discount * value(the state after `steps` steps)."""
 

@@ -196,7 +196,8 @@ class Programs:
         def _calibrate(training, config, key):
             found = evaluation.return_distributions(
                 agent_of(config), env, endless, training.state, key, discount=config.discount, states=eval_states,
-                rollouts=eval_rollouts, horizon=evaluation.horizon(config.discount), spread=max(1, max_steps // 4),
+                rollouts=eval_rollouts, horizon=evaluation.horizon(config.discount),
+                spread=evaluation.spread(max_steps, eval_states),
             )  # fmt: skip
             return evaluation.calibration(found)
 

@@ -4,7 +4,7 @@ Paper: "Distributed Distributional Deterministic Policy Gradients", Barth-Maron 
 
 DDPG with the critic of C51: the law of the return as probabilities of fixed, evenly spaced atoms, trained by
 cross-entropy to the projected law of an n-step target. Many environments in parallel feed one learner, each disturbed
-by its own noise. The actor climbs the mean of the learned law, or any other risk measure of it.
+by its own noise. The actor climbs the mean of the learned law.
 
     support       z_i = v_min + i (v_max - v_min) / (num_atoms - 1),  Z(s, a) = z_i with probability p_i(s, a)
     target        m = projection onto the support of the law of
@@ -18,7 +18,8 @@ by its own noise. The actor climbs the mean of the learned law, or any other ris
 Differences from the paper: the bound on g is the authors' code's (acme), as are the defaults; networks are plain
 perceptrons with relu (theirs normalise the first layer); replay is uniform (they found that priorities help little);
 environments and learner take turns within one program instead of running apart. A window of rewards that meets a time
-limit is cut there and bootstraps from its true last state.
+limit is cut there and bootstraps from its true last state. With `--risk` the actor climbs another risk measure of the
+law; a tail that lies within one atom has no slope, so a small LEVEL wants atoms closer together than the returns spread.
 
 Run:      python algorithms/actor_critic/d4pg.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.

@@ -107,7 +107,7 @@ PRESETS = {
         "v_min": 0.0, "v_max": 100.0,
     },
     "Acrobot-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
         "v_min": -100.0, "v_max": 0.0,
     },
@@ -117,7 +117,7 @@ PRESETS = {
         "v_min": -1.0, "v_max": 1.0, "num_atoms": 21,
     },
     "Breakout-MinAtar": {
-        "total_steps": 300_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
+        "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
         "hidden": (128,),
         "v_min": 0.0, "v_max": 30.0,
     },

@@ -115,7 +115,7 @@ PRESETS = {
         "num_fractions": 8, "fraction_learning_rate": 1e-8, "entropy_weight": 1e-3,
     },
     "Acrobot-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
         "num_fractions": 8, "fraction_learning_rate": 1e-8, "entropy_weight": 1e-3,
     },
@@ -125,7 +125,7 @@ PRESETS = {
         "num_fractions": 8, "fraction_learning_rate": 1e-6, "entropy_weight": 1e-3,
     },
     "Breakout-MinAtar": {
-        "total_steps": 300_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
+        "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
         "hidden": (128, 128),
         "num_fractions": 8, "fraction_learning_rate": 1e-8, "entropy_weight": 1e-3,
     },

@@ -103,7 +103,7 @@ PRESETS = {
         "num_quantiles": 32,
     },
     "Acrobot-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
         "num_quantiles": 32,
     },
@@ -113,7 +113,7 @@ PRESETS = {
         "num_quantiles": 8,
     },
     "Breakout-MinAtar": {
-        "total_steps": 300_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
+        "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
         "hidden": (128,),
         "num_quantiles": 32,
     },

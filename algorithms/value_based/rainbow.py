@@ -125,7 +125,7 @@ PRESETS = {
         "v_min": 0.0, "v_max": 100.0, "annealing_steps": 500_000,
     },
     "Acrobot-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
         "v_min": -100.0, "v_max": 0.0, "annealing_steps": 500_000,
     },
@@ -135,7 +135,7 @@ PRESETS = {
         "v_min": -1.0, "v_max": 1.0, "num_atoms": 21, "annealing_steps": 20_000,
     },
     "Breakout-MinAtar": {
-        "total_steps": 300_000, "batch_size": 32, "hidden": (128,),
+        "total_steps": 200_000, "batch_size": 32, "hidden": (128,),
         "v_min": 0.0, "v_max": 30.0, "annealing_steps": 300_000,
     },
     "paper": {

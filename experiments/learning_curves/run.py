@@ -38,9 +38,9 @@ ACTOR_CRITIC = {name: {} for name in ("tqc", "sac", "td3", "ddpg", "d4pg", "dsac
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": ACTOR_CRITIC},
     "CartPole-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
-    "Acrobot-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
+    "Acrobot-v1": {"total_steps": 250_000, "algorithms": VALUE_BASED},
     "Catch-bsuite": {"total_steps": 20_000, "algorithms": VALUE_BASED},
-    "Breakout-MinAtar": {"total_steps": 300_000, "algorithms": {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn")}},
+    "Breakout-MinAtar": {"total_steps": 200_000, "algorithms": {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn")}},
     "brax/hopper": {"total_steps": 100_000, "algorithms": {"sac": HOPPER, "tqc": HOPPER}},
     "brax/inverted_double_pendulum": {
         "total_steps": 30_000,

@@ -92,43 +92,44 @@ def test_a_flat_value_neither_moves_the_actor_nor_makes_it_nan():
 def test_action_gradient_of_the_risk_adjusted_value_equals_finite_differences(name):
     risk, support = risks.parse(name), jnp.linspace(-3, 3, 13)
     critic = d4pg.Critic((16, 16), 13)
-    keys = jax.random.split(jax.random.key(0), 3)
-    observation, action = jax.random.normal(keys[0], (6, 3)), jax.random.uniform(keys[1], (6, 2), minval=-0.9)
-    parameters = critic.init(keys[2], observation, action)
-    parameters = jax.tree.map(lambda x: 3 * x, parameters)  # steep enough for differences in float32
 
-    def value(action):
-        logits = critic.apply(parameters, observation, action)
-        return risks.value(risk, Law(support, jax.nn.softmax(logits)), ascending=True)
+    def slopes(key):
+        keys = jax.random.split(key, 3)
+        observation, action = jax.random.normal(keys[0], (6, 3)), jax.random.uniform(keys[1], (6, 2), minval=-0.9)
+        parameters = critic.init(keys[2], observation, action)
+        parameters = jax.tree.map(lambda x: 3 * x, parameters)  # steep enough for differences in float32
 
-    def slopes(action):
+        def value(action):
+            logits = critic.apply(parameters, observation, action)
+            return risks.value(risk, Law(support, jax.nn.softmax(logits)), ascending=True)
+
         differences = [(value(action + h) - value(action - h)) / 4e-3 for h in 2e-3 * jnp.eye(2)]
         return jax.grad(lambda a: value(a).sum())(action), jnp.stack(differences, axis=-1)
 
-    gradient, differences = by_hand.quick(slopes)(action)
+    gradient, differences = by_hand.quick(slopes)(jax.random.key(0))
     assert jnp.abs(gradient).max() > 0.3
     np.testing.assert_allclose(gradient, differences, rtol=0.01, atol=3e-3)
 
 
 class RiskyBandit(by_hand.Bandit):
-    """One action per episode, worth a on average with deviation 0.4, and 2 a more of it where a is positive.
+    """One action per episode, worth a on average with deviation 0.4, and 1.5 a more of it where a is positive.
 
     Never certain: the mean of the worst quarter does not move with masses that are all inside one atom.
     """
 
     def step_env(self, key, state, action, params):
         observation, state, _, done, info = super().step_env(key, state, action, params)
-        deviation = 0.4 + 2 * jnp.maximum(action[0], 0)
+        deviation = 0.4 + 1.5 * jnp.maximum(action[0], 0)
         return observation, state, action[0] + deviation * jax.random.normal(key), done, info
 
 
-@pytest.mark.parametrize(("risk", "low", "high"), [("neutral", 0.9, 1.0), ("cvar:0.25", -0.3, 0.3)])
+@pytest.mark.parametrize(("risk", "low", "high"), [("neutral", 0.8, 1.0), ("cvar:0.25", -0.3, 0.3)])
 def test_actor_takes_a_risk_that_pays_only_when_neutral(risk, low, high):
     """The mean a is largest at 1; the mean of the worst quarter, a - 1.27 deviation, at 0."""
     agent, _ = by_hand.agent_on(
-        d4pg, RiskyBandit(), num_envs=1, warmup_steps=4000, replay_capacity=5000, batch_size=128, num_steps=1,
+        d4pg, RiskyBandit(), num_envs=1, warmup_steps=3000, replay_capacity=4000, batch_size=128, num_steps=1,
         actor_hidden=(16,), critic_hidden=(32, 32), actor_learning_rate=3e-3, critic_learning_rate=3e-3,
-        updates_per_iteration=600, v_min=-6.0, v_max=8.0, num_atoms=57, risk=risk,
+        updates_per_iteration=500, v_min=-6.0, v_max=8.0, num_atoms=57, risk=risk,
     )  # fmt: skip
     state, metrics = by_hand.quick(lambda key: agent.step(agent.init(key)))(jax.random.key(0))
     action = agent.act(state, jnp.ones((1, 1)), jax.random.key(0))
@@ -137,7 +138,7 @@ def test_actor_takes_a_risk_that_pays_only_when_neutral(risk, low, high):
     # The critic learns the same law whatever the actor makes of it.
     law = agent.predict(state, jnp.ones((2, 1)), jnp.array([[-0.4], [0.5]]))
     np.testing.assert_allclose(laws.mean(law), [-0.4, 0.5], atol=0.25)
-    np.testing.assert_allclose(jnp.sqrt(laws.variance(law)), [0.4, 1.4], atol=0.3)
+    np.testing.assert_allclose(jnp.sqrt(laws.variance(law)), [0.4, 1.15], atol=0.3)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def slow_update(learner: d4pg.Learner, batch: dict, config: d4pg.Config) -> dict
     return {
         "actor": actor, "critic": critic, "target_actor": actor if due else target_actor,
         "target_critic": critic if due else target_critic, "adams": (actor_adam, critic_adam), "metrics": metrics,
-        "lengths": lengths, "cut": (lengths > config.action_gradient_bound).mean(),
+        "cut": (lengths > config.action_gradient_bound).mean(),
     }  # fmt: skip
 
 
@@ -282,7 +283,7 @@ def test_updates_equal_loops_in_numpy(risk, bound):
     step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(3))
     # The actor starts next to zero and the critic nearly flat, where mistakes would hardly show.
     steep = {name: jax.tree.map(lambda x, by=by: by * x, getattr(state.learner, name)) for name, by in (
-        ("actor", 12.0), ("target_actor", 11.0), ("critic", 2.0), ("target_critic", 2.5),
+        ("actor", 16.0), ("target_actor", 15.0), ("critic", 2.0), ("target_critic", 2.5),
     )}  # fmt: skip
     state = state._replace(learner=state.learner._replace(**steep))
     found = []
@@ -309,7 +310,7 @@ def test_updates_equal_loops_in_numpy(risk, bound):
         assert metrics.keys() - {"episode_return", "episode_length"} == expected["metrics"].keys()
         for name, value in expected["metrics"].items():
             assert metrics[name].total == pytest.approx(value, rel=2e-3, abs=1e-5), name
-        print(expected["lengths"]); found.append(expected["metrics"] | {"cut": expected["cut"], "ends": (batch["discount"] == 0).mean()})
+        found.append(expected["metrics"] | {"cut": expected["cut"], "ends": (batch["discount"] == 0).mean()})
     assert state.learner.updates == 7
     # Rows that are cut and rows that are not, targets that end and that bootstrap, and mass off the support were seen.
     for name in ("cut", "ends", "clipped_mass", "saturation"):

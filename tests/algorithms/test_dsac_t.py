@@ -325,7 +325,7 @@ def slow_updates(learner: dsac_t.Learner, batches: list, noises: dict, config: d
             if not config.expected_value_substitution:
                 mean_target = std_target
             target_means.append(mean_target)
-            cut.append(abs(noise[b, chosen]) > 3.2 and discount > 0)
+            cut.append(abs(noise[b, chosen]) > 3.1 and discount > 0)
             for n in members:
                 bound = config.bound_width * running[n] if config.variance_scaling else config.target_bound
                 error = std_target - mean[n, b]
@@ -383,7 +383,7 @@ def noises_of(key: jax.Array, config: dsac_t.Config) -> tuple[jax.Array, dict]:
 
 VARIANTS = {
     "paper": {"num_critics": 3, "bound_width": 0.7, "normalize_observations": True},
-    "repository": {"repository_loss": True, "num_critics": 3, "bound_width": 0.7, "risk": "cvar:0.25"},
+    "repository": {"repository_loss": True, "bound_width": 0.7, "risk": "cvar:0.25"},
     "none": WITHOUT | {"target_bound": 1.5},
 }
 
@@ -402,19 +402,24 @@ def started(request):
     layers = dict(state.learner.actor["params"]["mlp"]["layers"])
     layers["bias_2"] = layers["bias_2"].at[..., 2].set(0.5)
     actor = {"params": {"mlp": {"layers": layers}}}
-    return agent, config, state._replace(learner=state.learner._replace(actor=actor, target_actor=actor))
+    # Critics of the same average output, so that none of them is the smallest everywhere.
+    rows, layers = state.experience.replay.rows, dict(state.learner.critic["params"]["mlp"])
+    tapes, *_ = slow_moments(by_hand.network(state.learner.critic), *map(np.asarray, (rows.observation, rows.action)))
+    layers["bias_2"] = layers["bias_2"] - jnp.array([tape[-1][:24].mean(0) for tape in tapes], jnp.float32)
+    critic = {"params": {"mlp": layers}}
+    learner = state.learner._replace(actor=actor, target_actor=actor, critic=critic, target_critic=critic)
+    return agent, config, state._replace(learner=learner)
 
 
 def test_updates_equal_loops_in_numpy(started):
     agent, config, state = started
     np.testing.assert_array_equal(state.learner.running_std, np.zeros(config.num_critics))
-    # Start from a key with many draws that are cut at 3 standard deviations: not every critic's is used.
-    cut = jax.vmap(lambda seed: (jnp.abs(noises_of(jax.random.key(seed), config)[1]["next_return"]) > 3.2).sum())
-    seed = int(jax.jit(cut)(jnp.arange(3000)).argmax())
-    state = by_hand.with_fresh_keys(state)._replace(key=jax.random.key(seed))
+    # Keys with many draws that are cut at 3 standard deviations: not every critic's draw is used.
+    cut = jax.vmap(lambda seed: (jnp.abs(noises_of(jax.random.key(seed), config)[1]["next_return"]) > 3.1).sum())
     step, found = by_hand.quick(agent.step), []
-    for _ in range(5):
-        sample_key, noises = noises_of(jax.random.clone(state.key), config)
+    for seed in np.argsort(-jax.jit(cut)(jnp.arange(4000)))[:6]:
+        state = by_hand.with_fresh_keys(state)._replace(key=jax.random.key(int(seed)))
+        sample_key, noises = noises_of(jax.random.key(int(seed)), config)
         noises = {name: np.asarray(value, np.float64) for name, value in noises.items()}
         before, (state, metrics) = state.learner, step(state)
         rows = by_hand.stored_rows(state, sample_key, 2 * config.batch_size)
@@ -430,8 +435,8 @@ def test_updates_equal_loops_in_numpy(started):
         for optimizer, adam, name in zip(optimizers, expected["adams"], ("mlp", "mlp", None), strict=True):
             by_hand.assert_adam_is(optimizer, adam, name)
         found.append(expected)
-    assert [adam.time for adam in expected["adams"]] == [5, 10, 5]
-    assert found[0]["cut"]
+    assert [adam.time for adam in expected["adams"]] == [6, 12, 6]
+    assert any(one["cut"] for one in found)
     assert 0 < np.mean([one["clipped"] for one in found]) < 1
     assert 0 < np.mean([one["free"] for one in found]) < 1
     assert len(np.unique([one["smallest"] for one in found])) > 1 or config.num_critics == 1

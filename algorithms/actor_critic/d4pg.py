@@ -19,7 +19,7 @@ Differences from the paper: the bound on g is the authors' code's (acme), as are
 perceptrons with relu (theirs normalise the first layer); replay is uniform (they found that priorities help little);
 environments and learner take turns within one program instead of running apart. A window of rewards that meets a time
 limit is cut there and bootstraps from its true last state. With `--risk` the actor climbs another risk measure of the
-law; a tail that lies within one atom has no slope, so a small LEVEL wants atoms closer together than the returns spread.
+law; a tail within one atom has no slope, so a small LEVEL wants atoms closer together than the returns spread.
 
 Run:      python algorithms/actor_critic/d4pg.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.

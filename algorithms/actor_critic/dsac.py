@@ -213,7 +213,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         f"{config.policy_delay}",
     )
     require(
-        isinstance(config.min_std, jax.core.Tracer) or config.min_std < config.max_std,
+        any(isinstance(bound, jax.core.Tracer) for bound in (config.min_std, config.max_std))
+        or config.min_std < config.max_std,
         f"--min-std is {config.min_std}; it must be below --max-std = {config.max_std}",
     )
     actor = Actor(config.actor_hidden, action_size)

@@ -369,3 +369,12 @@ def test_std_reaches_the_actor_only_by_a_risk_measure(started):
     one, two = (step(held, by_hand.with_fresh_keys(s))[0].learner.actor for s in (state, wider))
     equal = [bool((a == b).all()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)]
     assert all(equal) if config.risk == "neutral" else not any(equal)
+
+
+@pytest.mark.parametrize("field", ["min_std", "max_std"])
+def test_either_bound_can_be_swept(field):
+    def trace(bound):
+        by_hand.agent_on(dsac, by_hand.Drift(), **{field: bound})
+        return bound
+
+    jax.eval_shape(jax.vmap(trace), jnp.array([2.0, 3.0]))

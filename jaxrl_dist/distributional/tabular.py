@@ -15,7 +15,7 @@ A fine `to_categorical` is the exact law up to a bounded error (`binning_error`)
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -91,6 +91,21 @@ def mdp_from_arrays(
         jnp.asarray(ordered(probability), jnp.float32), jnp.asarray(ordered(next_state), jnp.int32),
         jnp.asarray(ordered(reward.reshape(outcomes)), jnp.float32), jnp.asarray(ordered(terminal[next_state])),
     )  # fmt: skip
+
+
+def mdp_from_outcomes(table: Sequence[Sequence[Sequence[tuple[float, int, float, bool]]]]) -> MDP:
+    """An MDP from a list of (probability, next state, reward, terminated) for every state and action."""
+    longest = max(len(outcomes) for actions in table for outcomes in actions)
+    never = (0.0, 0, 0.0, False)
+    padded = [[[*outcomes, *[never] * (longest - len(outcomes))] for outcomes in actions] for actions in table]
+    columns = [np.array([[[row[i] for row in a] for a in actions] for actions in padded]) for i in range(4)]
+    total = columns[0].sum(-1)
+    if (columns[0] < 0).any() or np.abs(total - 1).max() > 1e-6:
+        raise ValueError(f"table has probabilities that sum to {total.min()} to {total.max()}; they must sum to 1")
+    if columns[1].min() < 0 or columns[1].max() >= len(table):
+        raise ValueError(f"table leads to states {columns[1].min()} to {columns[1].max()}; it has {len(table)}")
+    types = (jnp.float32, jnp.int32, jnp.float32, bool)
+    return MDP(*(jnp.asarray(column, dtype) for column, dtype in zip(columns, types, strict=True)))
 
 
 # -- expected values --------------------------------------------------------------------------------------------------

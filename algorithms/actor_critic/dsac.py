@@ -26,7 +26,7 @@ Run:      python algorithms/actor_critic/dsac.py --env-id Pendulum-v1
 Expected: EXPECTED
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -95,6 +95,8 @@ class Config:
     """widths of the actor's hidden layers"""
     critic_hidden: tuple[int, ...] = (256, 256, 256)
     """widths of the critic's hidden layers"""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """non-linearity of all hidden layers"""
     policy_delay: Count = 2
     """critic updates per update of the actor, the temperature and the targets"""
     target_bound: Positive = 20.0
@@ -114,7 +116,8 @@ class Config:
 PRESETS = {
     "Pendulum-v1": {
         "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3, "polyak": 0.005,
+        "activation": "relu", "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+        "temperature_learning_rate": 1e-3, "polyak": 0.005,
     },
 }  # fmt: skip
 
@@ -126,10 +129,12 @@ class Actor(nn.Module):
 
     hidden: tuple[int, ...]
     action_size: int
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), nn.gelu, name="mlp")(observation)
+        activation = getattr(nn, self.activation)
+        outputs = networks.MLP((*self.hidden, 2 * self.action_size), activation, name="mlp")(observation)
         mean, log_std = jnp.split(outputs, 2, axis=-1)
         return mean, jnp.clip(log_std, -5, 1)
 
@@ -138,13 +143,14 @@ class Critic(nn.Module):
     """Mean and standard deviation of the soft return, `[batch, observation]`, `[batch, actions]` -> two `[batch]`."""
 
     hidden: tuple[int, ...]
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(
         self, observation: jax.Array, action: jax.Array, min_std: float | jax.Array, max_std: float | jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         inputs = jnp.concatenate([observation, action], axis=-1)
-        mean, position = networks.MLP((*self.hidden, 2), nn.gelu, name="mlp")(inputs).T
+        mean, position = networks.MLP((*self.hidden, 2), getattr(nn, self.activation), name="mlp")(inputs).T
         # The position between the bounds is on the logarithmic scale, and smooth: a hard clip would have no way back.
         return mean, min_std * (max_std / min_std) ** (0.5 * (jnp.tanh(position) + 1))
 
@@ -207,6 +213,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     """DSAC on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
     check_replay(config)
+    require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
     require(
         config.updates_per_iteration % config.policy_delay == 0,
         f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
@@ -217,8 +224,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         or config.min_std < config.max_std,
         f"--min-std is {config.min_std}; it must be below --max-std = {config.max_std}",
     )
-    actor = Actor(config.actor_hidden, action_size)
-    critic = Critic(config.critic_hidden)
+    actor = Actor(config.actor_hidden, action_size, config.activation)
+    critic = Critic(config.critic_hidden, config.activation)
     risk = risks.parse(config.risk)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
@@ -339,7 +346,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def export(state: State) -> dict[str, jax.Array]:
         layers = state.learner.actor["params"]["mlp"]["layers"]
-        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation="gelu")
+        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation=config.activation)
 
     return Agent(
         init, step, act, target_policy, predict, export,

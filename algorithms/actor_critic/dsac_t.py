@@ -30,7 +30,7 @@ Run:      python algorithms/actor_critic/dsac_t.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -99,6 +99,8 @@ class Config:
     """widths of the actor's hidden layers"""
     critic_hidden: tuple[int, ...] = (256, 256, 256)
     """widths of each critic's hidden layers"""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """non-linearity of all hidden layers"""
     policy_delay: Count = 2
     """critic updates per update of the actor, the temperature and the targets"""
     expected_value_substitution: bool = True
@@ -126,7 +128,8 @@ class Config:
 PRESETS = {
     "Pendulum-v1": {
         "num_envs": 1, "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
+        "activation": "relu", "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+        "temperature_learning_rate": 1e-3,
     },
 }  # fmt: skip
 
@@ -138,10 +141,12 @@ class Actor(nn.Module):
 
     hidden: tuple[int, ...]
     action_size: int
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), nn.gelu, name="mlp")(observation)
+        activation = getattr(nn, self.activation)
+        outputs = networks.MLP((*self.hidden, 2 * self.action_size), activation, name="mlp")(observation)
         mean, log_std = jnp.split(outputs, 2, axis=-1)
         return mean, jnp.clip(log_std, -20, 0.5)
 
@@ -152,11 +157,13 @@ class Critic(nn.Module):
 
     hidden: tuple[int, ...]
     num_critics: int
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, observation: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs = jnp.concatenate([observation, action], axis=-1)
-        outputs = networks.EnsembleMLP(self.num_critics, (*self.hidden, 2), nn.gelu, name="mlp")(inputs)
+        activation = getattr(nn, self.activation)
+        outputs = networks.EnsembleMLP(self.num_critics, (*self.hidden, 2), activation, name="mlp")(inputs)
         return outputs[..., 0], nn.softplus(outputs[..., 1])
 
 
@@ -248,6 +255,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     """DSAC-T on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
     check_replay(config)
+    require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
     require(
         config.updates_per_iteration % config.policy_delay == 0,
         f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
@@ -257,8 +265,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         config.variance_scaling or not config.repository_loss,
         "--repository-loss is True; it needs --variance-scaling, which is part of it",
     )
-    actor = Actor(config.actor_hidden, action_size)
-    critic = Critic(config.critic_hidden, config.num_critics)
+    actor = Actor(config.actor_hidden, action_size, config.activation)
+    critic = Critic(config.critic_hidden, config.num_critics, config.activation)
     risk = risks.parse(config.risk)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
@@ -379,7 +387,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def export(state: State) -> dict[str, jax.Array]:
         layers = state.learner.actor["params"]["mlp"]["layers"]
-        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation="gelu")
+        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation=config.activation)
 
     return Agent(
         init, step, act, target_policy, predict, export,

@@ -16,6 +16,7 @@ import pytest
 from jaxrl_dist import envs
 from jaxrl_dist.algorithms.value_based import c51, iqn, mmd_dqn, qr_dqn
 from jaxrl_dist.distributional import categorical, metrics, tabular
+from jaxrl_dist.distributional.law import Law
 
 DISCOUNT = 0.8
 SUPPORT = categorical.support(-10.0, 14.0, 97)
@@ -35,7 +36,7 @@ def process():
     return env, params
 
 
-def learned(algorithm, **settings):
+def learned(algorithm, **settings) -> Law:
     """The laws of all states and actions after training, `[states, actions, n]`."""
     env, params = process()
     config = dataclasses.replace(algorithm.Config(), **(COMMON | settings))
@@ -54,37 +55,31 @@ def learned(algorithm, **settings):
 
 
 @functools.cache
-def exact(projection_name: str, size: int = 0):
-    projection = {"categorical": tabular.to_categorical(SUPPORT), "quantiles": tabular.to_quantiles(max(size, 1))}
+def exact(projection) -> Law:
     _, params = process()
-    return jax.jit(lambda: tabular.optimise(params.mdp, DISCOUNT, projection[projection_name], 100))()
+    return jax.jit(lambda: tabular.optimise(params.mdp, DISCOUNT, projection, 100))()
+
+
+TO_SUPPORT, TO_QUANTILES = tabular.to_categorical(SUPPORT), tabular.to_quantiles(21)
+# IQN and MMD-DQN have neither fixed atoms nor fixed fractions: their limit is near the exact law. For IQN and QR-DQN a
+# Huber threshold of 1 alone would be worth 0.5.
+IMPLICIT = {
+    "hidden": (48, 48), "num_fractions": 16, "num_target_fractions": 16, "num_policy_fractions": 32, "cosines": 16,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "settings", "fixed_point", "tolerance"),
+    ("algorithm", "settings", "projection", "tolerance"),
     [
-        (c51, {"v_min": -10.0, "v_max": 14.0, "num_atoms": 97}, ("categorical",), 0.1),
-        (qr_dqn, {"num_quantiles": 21, "kappa": 0.0}, ("quantiles", 21), 0.25),
-        # These two have neither fixed atoms nor fixed fractions: their limit is near the exact law.
-        (
-            iqn,
-            {
-                "hidden": (48, 48),
-                "num_fractions": 16,
-                "num_target_fractions": 16,
-                "num_policy_fractions": 32,
-                "cosines": 16,
-                "kappa": 0.0,
-            },
-            ("categorical",),
-            0.25,
-        ),  # a Huber threshold of 1 alone is worth 0.5
-        (mmd_dqn, {"num_particles": 21}, ("categorical",), 0.25),
+        (c51, {"v_min": -10.0, "v_max": 14.0, "num_atoms": 97}, TO_SUPPORT, 0.1),
+        (qr_dqn, {"num_quantiles": 21, "kappa": 0.0}, TO_QUANTILES, 0.25),
+        (iqn, IMPLICIT | {"kappa": 0.0}, TO_SUPPORT, 0.25),
+        (mmd_dqn, {"num_particles": 21}, TO_SUPPORT, 0.25),
     ],
     ids=["c51", "qr_dqn", "iqn", "mmd_dqn"],
 )
-def test_converges_to_the_projected_fixed_point(algorithm, settings, fixed_point, tolerance):
-    found, wanted = learned(algorithm, **settings), exact(*fixed_point)
+def test_converges_to_the_projected_fixed_point(algorithm, settings, projection, tolerance):
+    found, wanted = learned(algorithm, **settings), exact(projection)
     distance = np.asarray(metrics.wasserstein_1(found, wanted))
     assert distance.max() < tolerance
     # The states' laws themselves lie much further apart.

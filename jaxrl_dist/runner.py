@@ -325,7 +325,7 @@ class _Session:
         (self.folder / "policies").mkdir(exist_ok=True)
         bounds = action_bounds(self.problem.env, self.problem.env_params)
         for run, seed in enumerate(self.seeds):
-            arrays = self.agent.export(jax.tree.map(lambda x, run=run: x[run], state.state))
+            arrays = self.agent.export(training.one_run(state.state, run))
             portable.save_policy(self.folder / "policies" / f"seed_{seed}.npz", arrays, *bounds)
 
     def _print_results(self, iteration: int) -> None:
@@ -344,7 +344,7 @@ class _Session:
         title = f"{self.problem.algorithm.upper()} on {self.options.env_id}"
         metrics = recording.read_metrics(self.folder)
         plotting.learning_curve({title: metrics}, self.folder / "learning_curve.png", title=title)
-        first_run = jax.tree.map(lambda x: x[0], state.state)
+        first_run = training.one_run(state.state, 0)
         reporting.draw_return_distribution(
             self.agent, self.problem, first_run, jax.random.fold_in(self.evaluation_keys[0], 2**31 - 1),
             self.folder / "return_distribution.png", self.console, title=f"{title}, seed {self.seeds[0]}",

@@ -261,6 +261,23 @@ class Programs:
         return self._calibrate(training, self.configs, self._keys(keys))
 
 
+def one_run(tree: Any, run: int) -> Any:
+    """One run's part of a tree whose arrays have the axis `runs` first, on the device that holds it.
+
+    Plain indexing of an array that is sharded over devices is a collective operation; dozens of them in flight at once
+    can wait for each other for ever on CPU devices, until XLA aborts the process.
+    """
+
+    def take(x: jax.Array) -> jax.Array:
+        for shard in x.addressable_shards:
+            first, last, _ = shard.index[0].indices(x.shape[0])
+            if first <= run < last:
+                return shard.data[run - first]
+        raise IndexError(f"run is {run}; this process holds no such run of {x.shape[0]}")
+
+    return jax.tree.map(take, tree)
+
+
 def _fastest_mode(config: Any) -> RunsMode:
     """`map` for wide networks on CPU, else `vmap` (measured in experiments/throughput)."""
     widths = [getattr(config, name) for name in vars(config) if name.endswith("hidden")]

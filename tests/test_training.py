@@ -281,6 +281,14 @@ def test_the_given_training_is_consumed(compiled):
     assert begun.state.experience.replay.rows.reward.is_deleted()
 
 
+def test_one_run_is_its_part_of_every_array(compiled):
+    chunks, _ = compiled
+    state = chunks.begin(keys()[0]).state
+    assert_same(training.one_run(state, 2), jax.tree.map(lambda x: x[2], state))
+    with pytest.raises(IndexError, match=f"run is {RUNS}; this process holds no such run of {RUNS}"):
+        training.one_run(state, RUNS)
+
+
 def test_abstract_training_describes_what_begin_returns(compiled):
     chunks, _ = compiled
     begun = chunks.begin(keys()[0])
@@ -303,6 +311,10 @@ chunks = here.programs(mode)
 state, episodes = here.train_and_evaluate(chunks)
 assert chunks.num_devices == len(state.state.weights.sharding.device_set) == 2
 np.savez(path, *here.numbers((state, episodes)))
+for run in range(here.RUNS):
+    weights = here.training.one_run(state.state.weights, run)
+    assert len(weights.sharding.device_set) == 1
+    np.testing.assert_array_equal(weights, np.asarray(state.state.weights)[run])
 assert here.training.Programs(here.make_learner, here.Config(), here.ENV, here.PARAMS, num_runs=3).num_devices == 1
 """
     chunks, _ = compiled

@@ -23,7 +23,7 @@ bias is 0 in the paper and 0.1 in the authors' later code. An iteration takes `p
 as many critic updates. With `--risk` the actor climbs another risk measure of N(Q, sigma^2) than its mean.
 
 Run:      python algorithms/actor_critic/dsac.py --env-id Pendulum-v1
-Expected: EXPECTED
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
 """
 
 from typing import Literal, NamedTuple

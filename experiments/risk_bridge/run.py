@@ -80,10 +80,9 @@ def main(
                 rates = jnp.full(num_seeds, rate, jnp.float32)
                 programs.configs = dataclasses.replace(programs.configs, learning_rate=rates)
                 state = programs.advance(state, iterations // len(LEARNING_RATES))
-            state = state.state
             judge = jax.jit(functools.partial(judged, programs.agent, env, env_params, config.discount, episodes))
             for seed in range(num_seeds):
-                one = jax.tree.map(lambda x, seed=seed: x[seed], state)
+                one = training.one_run(state.state, seed)
                 row = {"algorithm": algorithm, "risk": text, "seed": seed, "env_steps": total_steps}
                 rows.append(row | compared(env, env_params, text, config.discount, *judge(one, jax.random.key(seed))))
             print(pd.DataFrame(rows[-num_seeds:]).to_string(index=False), flush=True)

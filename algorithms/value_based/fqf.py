@@ -24,7 +24,7 @@ embedding is merged before the last hidden layer; rewards are not clipped (an At
 exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
-Expected: Catch-bsuite 1.0, the optimum, within 20,000 steps: experiments/learning_curves.
+Expected: CartPole-v1 about 470 of 500 within 500,000 steps, with relapses: experiments/learning_curves.
 """
 
 from typing import NamedTuple

@@ -21,7 +21,7 @@ tie, the first one is taken; the official code averages their particles. Evaluat
 n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/mmd_dqn.py --env-id CartPole-v1
-Expected: Catch-bsuite 1.0, the optimum, within 20,000 steps: experiments/learning_curves.
+Expected: CartPole-v1 about 490 of 500 within 500,000 steps, with relapses: experiments/learning_curves.
 """
 
 import math

@@ -318,9 +318,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
             batch = experience.sample(state.experience, sample_key, config.policy_delay * config.batch_size)
             batches = jax.tree.map(lambda x: x.reshape(config.policy_delay, config.batch_size, *x.shape[1:]), batch)
             learner, critic_metrics = jax.lax.scan(
-                lambda learner, batch_and_key: update_critic(learner, *batch_and_key),
+                lambda learner, turn: update_critic(learner, turn[0], jax.random.fold_in(critic_key, turn[1])),
                 state.learner,
-                (batches, jax.random.split(critic_key, config.policy_delay)),
+                (batches, jnp.arange(config.policy_delay)),
             )
             learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches), actor_key)
             losses = jax.tree.map(average, critic_metrics | actor_metrics)

@@ -297,7 +297,7 @@ def slow_updates(learner: dsac.Learner, batches: list, noises: dict, config: dsa
 def noises_of(key: jax.Array, config: dsac.Config) -> tuple[jax.Array, dict]:
     """Key of the batches and normal draws, the keys as `step` splits them: one environment step, one round."""
     _, sample_key, critic_key, action_key = jax.random.split(jax.random.split(key, 3)[0], 4)
-    keys = [jax.random.split(k) for k in jax.random.split(critic_key, config.policy_delay)]
+    keys = [jax.random.split(jax.random.fold_in(critic_key, turn)) for turn in range(config.policy_delay)]
     size = config.batch_size
     return sample_key, {
         "next_action": jnp.stack([jax.random.normal(k[0], (size, 2)) for k in keys]),

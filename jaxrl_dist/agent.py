@@ -164,3 +164,12 @@ def check_replay(config) -> None:
         config.num_envs <= config.warmup_steps,
         f"--num-envs is {config.num_envs}; it must be at most --warmup-steps = {config.warmup_steps}",
     )
+
+
+def check_policy_delay(config) -> None:
+    """Rounds of `policy_delay` critic updates and one of the actor must fill an iteration."""
+    require(
+        config.updates_per_iteration % config.policy_delay == 0,
+        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
+        f"{config.policy_delay}",
+    )

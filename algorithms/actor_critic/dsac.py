@@ -42,6 +42,7 @@ from jaxrl_dist.agent import (
     NonNegative,
     Positive,
     Real,
+    check_policy_delay,
     check_replay,
     configuration,
     continuous_action_size,
@@ -214,11 +215,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     action_size = continuous_action_size(env, env_params)
     check_replay(config)
     require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
-    require(
-        config.updates_per_iteration % config.policy_delay == 0,
-        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
-        f"{config.policy_delay}",
-    )
+    check_policy_delay(config)
     require(
         any(isinstance(bound, jax.core.Tracer) for bound in (config.min_std, config.max_std))
         or config.min_std < config.max_std,

@@ -46,6 +46,7 @@ from jaxrl_dist.agent import (
     NonNegative,
     Positive,
     Real,
+    check_policy_delay,
     check_replay,
     configuration,
     continuous_action_size,
@@ -196,15 +197,19 @@ class State(NamedTuple):
 # -- Losses and targets -----------------------------------------------------------------------------------------------
 
 
+def of_lowest(mean: jax.Array, values: jax.Array) -> jax.Array:
+    """What the critic with the smallest mean says of each row, both `[batch, critics]` -> `[batch]`."""
+    return jnp.take_along_axis(values, mean.argmin(-1, keepdims=True), axis=-1)[:, 0]
+
+
 def target_returns(
     config: Config, batch: Transition, next_mean: jax.Array, next_sample: jax.Array, next_log_density: jax.Array,
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """y_q and y_z, `[batch]` each, from the target critics' means and samples, `[batch, critics]`."""
     discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    lowest = next_mean.argmin(-1, keepdims=True)  # by the mean, also for the sample: both are of the same critic
-    mean_target, std_target = (
-        batch.reward + discount * (jnp.take_along_axis(x, lowest, axis=-1)[:, 0] - temperature * next_log_density)
+    mean_target, std_target = (  # by the mean, also for the sample: both are of the same critic
+        batch.reward + discount * (of_lowest(next_mean, x) - temperature * next_log_density)
         for x in (next_mean, next_sample)
     )
     return (mean_target if config.expected_value_substitution else std_target), std_target
@@ -256,11 +261,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     action_size = continuous_action_size(env, env_params)
     check_replay(config)
     require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
-    require(
-        config.updates_per_iteration % config.policy_delay == 0,
-        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
-        f"{config.policy_delay}",
-    )
+    check_policy_delay(config)
     require(
         config.variance_scaling or not config.repository_loss,
         "--repository-loss is True; it needs --variance-scaling, which is part of it",
@@ -382,8 +383,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
         mean, std = critic.apply(state.learner.critic, observation, action)
-        lowest = mean.argmin(-1, keepdims=True)
-        return gaussian.law(*(jnp.take_along_axis(x, lowest, axis=-1)[:, 0] for x in (mean, std)))
+        return gaussian.law(of_lowest(mean, mean), of_lowest(mean, std))
 
     def export(state: State) -> dict[str, jax.Array]:
         layers = state.learner.actor["params"]["mlp"]["layers"]

@@ -37,10 +37,10 @@ from jaxrl_dist.agent import (
     Count,
     Fraction,
     NonNegative,
+    check_policy_delay,
     check_replay,
     configuration,
     continuous_action_size,
-    require,
 )
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
@@ -188,11 +188,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     """TD3 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
     check_replay(config)
-    require(
-        config.updates_per_iteration % config.policy_delay == 0,
-        f"--updates-per-iteration is {config.updates_per_iteration}; it must be a multiple of --policy-delay = "
-        f"{config.policy_delay}",
-    )
+    check_policy_delay(config)
     actor = Actor(config.actor_hidden, action_size)
     critic = Critic(config.critic_hidden, config.num_critics)
     actor_adam = optax.adam(config.actor_learning_rate)

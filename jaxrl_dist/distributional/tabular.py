@@ -173,13 +173,6 @@ def greedy(values: jax.Array, tie_break: jax.Array | None = None, tolerance: flo
     return jax.nn.one_hot(choice, values.shape[-1])
 
 
-def start_laws(mdp: MDP, atoms: jax.Array) -> Law:
-    """Laws to start an iteration from: mass on the atom nearest to 0, `[n]` -> `[states, actions, n]`."""
-    masses = jax.nn.one_hot(jnp.abs(atoms).argmin(), len(atoms))
-    shape = (*mdp.probability.shape[:2], len(atoms))
-    return Law(jnp.broadcast_to(atoms, shape), jnp.broadcast_to(masses, shape))
-
-
 def evaluate(
     mdp: MDP,
     policy: jax.Array,

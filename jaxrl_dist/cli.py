@@ -82,6 +82,24 @@ def _parse(options_type, config_type, preset, arguments, *, prog: str, descripti
     return parsed.run, parsed.algorithm
 
 
+def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None = None) -> None:
+    """Entry point of a file that has no agent to train: parse `Config` and call `solver(config, console)`.
+
+    Exits like `main`: with 2 for bad input, in one line.
+    """
+    from jaxrl_dist.agent import check_configuration
+
+    console = Console()
+    source = Path(sys.modules[solver.__module__].__file__)
+    with _clear_errors(console):
+        config = tyro.cli(
+            config_type, args=arguments, prog=source.name, description=_description(solver, ""),
+            config=(tyro.conf.FlagConversionOff,),
+        )  # fmt: skip
+        check_configuration(config)
+        solver(config, console)
+
+
 def _description(make_agent, preset_name: str) -> str:
     text = (sys.modules[make_agent.__module__].__doc__ or "").strip().split("\n\n")
     shown = f"The defaults shown are those of the preset {preset_name}.\n\n" if preset_name else ""
@@ -182,7 +200,10 @@ def command(arguments: Sequence[str] | None = None) -> None:
         console = Console()
         with _clear_errors(console):
             module = find_algorithm(arguments[1])
-        main(module.Config, module.make_agent, module.PRESETS, arguments[2:])
+        if hasattr(module, "make_agent"):
+            main(module.Config, module.make_agent, module.PRESETS, arguments[2:])
+        else:
+            solve(module.Config, module.solve, arguments[2:])
         return
     parsed = parser.parse_args(arguments)
     console = Console()

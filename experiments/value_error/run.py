@@ -44,7 +44,8 @@ AGENTS = {
 DOUBLE_PENDULUM = {
     "num_envs": 4, "warmup_steps": 2_000, "batch_size": 128, "critic_hidden": (128, 128), "actor_hidden": (128, 128),
     "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
-    "steps_per_iteration": 1, "updates_per_iteration": 2, "v_min": 0.0, "v_max": 1_000.0,
+    "steps_per_iteration": 1, "updates_per_iteration": 2, "activation": "relu", "polyak": 0.005,
+    "v_min": 0.0, "v_max": 1_000.0,
 }  # fmt: skip
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "config": {}},

@@ -10,7 +10,7 @@ risk measure below, several seeds at once, with nothing changed but `--risk`. Pe
   achieved in `episodes` episodes with a 95 % bootstrap interval;
 - the risk-adjusted value that the agent itself predicts at the start.
 
-    python experiments/risk_bridge/run.py            # about half an hour on 2 cores
+    python experiments/risk_bridge/run.py            # about an hour on 2 cores
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ COMMON = {
 }  # fmt: skip
 SETTINGS = {
     "qr_dqn": COMMON | {"num_quantiles": 100},
-    "iqn": COMMON | {"num_fractions": 16, "num_target_fractions": 16, "num_policy_fractions": 32, "cosines": 32},
+    "iqn": COMMON | {"num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 32, "cosines": 32},
 }
 
 

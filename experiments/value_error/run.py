@@ -47,6 +47,8 @@ DOUBLE_PENDULUM = {
     "steps_per_iteration": 1, "updates_per_iteration": 2, "activation": "relu", "polyak": 0.005,
     "v_min": 0.0, "v_max": 1_000.0,
 }  # fmt: skip
+# With the others' step size D4PG's actor saturates.
+OWN = {("d4pg", "brax/inverted_double_pendulum"): {"actor_learning_rate": 3e-4}}
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "config": {}},
     "brax/inverted_double_pendulum": {"total_steps": 30_000, "config": DOUBLE_PENDULUM},
@@ -111,6 +113,7 @@ def configured(algorithm: str, environment: str, own: dict):
     settings = SETTINGS[environment]["config"] or problem.split_preset(module.PRESETS.get(environment, {}))[1]
     fields = {field.name for field in dataclasses.fields(module.Config)}
     settings = {name: value for name, value in settings.items() if name in fields} | own
+    settings |= OWN.get((algorithm, environment), {})
     config = dataclasses.replace(module.Config(), **settings)
     total = SETTINGS[environment]["total_steps"]
     return dataclasses.replace(config, replay_capacity=min(config.replay_capacity, total))

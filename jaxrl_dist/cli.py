@@ -29,28 +29,35 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
 
     The environment's preset, if there is one, becomes the defaults; options given on the command line override it. A
     preset may also set options of the run, such as total_steps. The first preset is that of the default environment.
+    With `--sweep.FIELD VALUES...` every combination of the values is trained (`study`).
     """
     spread_over_cores()
-    from jaxrl_dist import problem, runner
+    from jaxrl_dist import problem, runner, study, sweeps
+    from jaxrl_dist.agent import require
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     default_env = next(iter(presets))
-    env_id = _peek(arguments, "--env-id", default_env)
     with _clear_errors(console):
+        arguments, swept = sweeps.split_arguments(sys.argv[1:] if arguments is None else arguments)
+        env_id = _peek(arguments, "--env-id", default_env)
         preset_name = _peek(arguments, "--preset", problem.RunOptions.preset)
         preset_name = env_id if preset_name == "auto" and env_id in presets else preset_name
         if preset_name not in ("auto", "none", *presets):
             raise ValueError(f"--preset is {preset_name!r}; it must be auto, none or one of {', '.join(presets)}")
         preset = presets.get(preset_name, {})
-        options, config = _parse(
+        options, sweep, config = _parse(
             problem.RunOptions, config_type, {"env_id": default_env, **preset}, arguments, prog=f"{algorithm}.py",
             description=_description(make_agent, preset_name if preset else ""),
         )  # fmt: skip
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
-        runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+        if swept or sweep.sweep_file:
+            found = sweeps.configurations(config_type, swept, sweep)
+            study.train(algorithm, make_agent, config, options, found, console)
+        else:
+            require(sweep == sweeps.SweepOptions(), "--sweep-samples and --sweep-seed need --sweep.FIELD VALUES")
+            runner.train(problem.prepare(algorithm, make_agent, config, options), console)
 
 
 def spread_over_cores() -> None:
@@ -63,9 +70,9 @@ def spread_over_cores() -> None:
 
 
 def _parse(options_type, config_type, preset, arguments, *, prog: str, description: str):
-    """Options of the run and of the algorithm in two groups of one flat command line."""
-
+    """Options of the run, of a sweep and of the algorithm in groups of one flat command line."""
     from jaxrl_dist.problem import split_preset
+    from jaxrl_dist.sweeps import SweepOptions
 
     of_the_run, of_the_algorithm = split_preset(preset)
     run, algorithm = options_type(**of_the_run), config_type(**of_the_algorithm)
@@ -73,13 +80,14 @@ def _parse(options_type, config_type, preset, arguments, *, prog: str, descripti
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         run: options_type = dataclasses.field(default_factory=lambda: run)
+        sweep: SweepOptions = dataclasses.field(default_factory=SweepOptions)
         algorithm: config_type = dataclasses.field(default_factory=lambda: algorithm)
 
     parsed = tyro.cli(
         Arguments, args=arguments, prog=prog, description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )  # fmt: skip
-    return parsed.run, parsed.algorithm
+    return parsed.run, parsed.sweep, parsed.algorithm
 
 
 def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None = None) -> None:
@@ -179,12 +187,17 @@ def command(arguments: Sequence[str] | None = None) -> None:
         "train", help="train an algorithm: jaxrl-dist train NAME [options of NAME]", add_help=False
     )
     train.add_argument("name", metavar="NAME")
-    evaluate = commands.add_parser("evaluate", help="evaluate the newest checkpoint of a run")
-    evaluate.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    evaluate = commands.add_parser("evaluate", help="evaluate the newest checkpoint of a run, or a saved policy")
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="folder of the run, or the .npz file of one policy")
     evaluate.add_argument("--episodes", type=int, default=100, help="episodes per seed (default: 100)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the evaluation (default: 0)")
+    evaluate.add_argument(
+        "--gymnasium", action="store_true",
+        help="play the run's saved policies in Gymnasium's own environment, beside what our last evaluation found",
+    )  # fmt: skip
+    evaluate.add_argument("--env-id", help="for a policy file: Gymnasium's environment to play it in")
     plot = commands.add_parser("plot", help="compare the learning curves of runs, or draw learned distributions of one")
-    plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or one folder of a study")
     plot.add_argument("--metric", default="evaluation_return", help="column of metrics.csv to draw")
     plot.add_argument("--out", type=Path, help="picture to write (default: comparison.png or distribution.png)")
     plot.add_argument(
@@ -194,6 +207,13 @@ def command(arguments: Sequence[str] | None = None) -> None:
     plot.add_argument("--states", type=int, default=6, help="with --distribution: number of states (default: 6)")
     plot.add_argument("--run-seed", type=int, help="with --distribution: which seed of the run (default: its first)")
     plot.add_argument("--seed", type=int, default=0, help="with --distribution: seed of states and rollouts")
+    report = commands.add_parser("report", help="one HTML page to compare runs: curves, intervals, settings, warnings")
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (default: report.html)")
+    report.add_argument(
+        "--normalize", metavar="FILE", type=Path,
+        help="JSON file {environment: [low, high]}: the returns whose normalized scores are 0 and 1",
+    )  # fmt: skip
     commands.add_parser("doctor", help="versions, devices, and whether what was asked for is what is used")
 
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
@@ -211,12 +231,19 @@ def command(arguments: Sequence[str] | None = None) -> None:
         if parsed.command == "list":
             _list(console)
         elif parsed.command == "evaluate":
-            _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
+            if parsed.gymnasium or parsed.env_id or parsed.run.suffix == ".npz":
+                _evaluate_in_gymnasium(parsed, console)
+            else:
+                _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
         elif parsed.command == "plot":
             if parsed.distribution:
                 _plot_distribution(parsed, console)
             else:
-                _plot(parsed.runs, parsed.metric, parsed.out or Path("comparison.png"), console)
+                _plot(parsed.runs, parsed.metric, parsed.out, console)
+        elif parsed.command == "report":
+            from jaxrl_dist.report import write
+
+            write(parsed.runs, parsed.out, parsed.normalize, console)
         elif parsed.command == "doctor":
             from jaxrl_dist import doctor
 
@@ -247,9 +274,28 @@ def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
     reporting.print_results(console, seeds, returns)
 
 
-def _plot(folders: Sequence[Path], metric: str, out: Path, console: Console) -> None:
-    from jaxrl_dist import plotting, recording
+def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None:
+    from jaxrl_dist import gymnasium_evaluation
+    from jaxrl_dist.agent import require
 
+    how = {"episodes": parsed.episodes, "seed": parsed.seed}
+    if parsed.run.suffix == ".npz":
+        require(bool(parsed.env_id), f"RUN is {parsed.run}, a policy; --env-id must say where Gymnasium is to play it")
+        gymnasium_evaluation.print_policy(parsed.run, parsed.env_id, console, **how)
+    else:
+        require(not parsed.env_id, f"--env-id is {parsed.env_id!r}; it is for a policy file (.npz), not for a run")
+        gymnasium_evaluation.print_run(parsed.run, console, **how)
+
+
+def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:
+    from jaxrl_dist import plotting, recording, study
+    from jaxrl_dist.agent import require
+
+    if any(map(study.is_study, folders)):
+        require(len(folders) == 1, f"RUN is {len(folders)} folders, one of them a study; a study is plotted by itself")
+        study.collect(folders[0], console, metric, out)
+        return
+    out = out or Path("comparison.png")
     frames = {}
     for folder in folders:
         config = recording.read_config(folder)

@@ -131,6 +131,75 @@ def return_distribution(path: Path | None = None, *, predicted: Law, monte_carlo
     return _saved(figure, path)
 
 
+def ranking(
+    table: pd.DataFrame, fields: Sequence[str], path: Path | None = None, *, title: str, metric: str, most: int = 20
+) -> Figure:
+    """Configurations of a study from best to worst, each with its interval: `table` is that of `sweeps.ranking`.
+
+    Only the best `most` are drawn; the note says of how many. path: as for `learning_curve`.
+    """
+    shown = table.head(most)
+    figure = _figure(width=7.2, height=1.4 + 0.32 * len(shown))
+    axes = figure.subplots()
+    _style(axes)
+    heights = -np.arange(len(shown))
+    if "low" in shown:
+        axes.hlines(heights, shown.low, shown.high, color=COLOURS[0], linewidth=5, alpha=0.3)
+    axes.plot(shown[metric], heights, "o", color=COLOURS[0])
+    axes.set_yticks(
+        heights, ["  ".join(f"{field} {_value(row[field])}" for field in fields) for _, row in shown.iterrows()]
+    )
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel(metric.replace("_", " "))
+    note = "interquartile mean over seeds, 95 % bootstrap interval" if "low" in shown else "one seed, so no interval"
+    _title(axes, title, note + (f"; the best {most} of {len(table)}" if len(table) > most else ""))
+    return _saved(figure, path)
+
+
+def response(
+    table: pd.DataFrame, fields: Sequence[str], path: Path | None = None, *, title: str, metric: str
+) -> Figure:
+    """The score of every configuration against each swept field, and its median at each value.
+
+    `table` is that of `sweeps.ranking`; one panel per field. A field whose values spread over a factor of 20 or more
+    has a logarithmic axis, one that is no number has its values side by side. path: as for `learning_curve`.
+    """
+    columns = min(len(fields), 3)
+    rows = math.ceil(len(fields) / columns)
+    figure = _figure(width=max(3.4 * columns, 5.0), height=2.7 * rows + 0.9)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes, field in zip(panels, fields, strict=False):
+        _style(axes)
+        numeric = pd.api.types.is_numeric_dtype(table[field])
+        names = sorted(table[field].unique())
+        places = table[field].to_numpy() if numeric else np.array([names.index(value) for value in table[field]])
+        if not numeric:
+            axes.set_xticks(range(len(names)), names)
+            axes.set_xlim(-0.5, len(names) - 0.5)
+        elif places.min() > 0 and places.max() >= 20 * places.min():
+            axes.set_xscale("log")
+        if "low" in table:
+            axes.vlines(places, table.low, table.high, color=COLOURS[0], linewidth=1.2, alpha=0.35)
+        axes.plot(places, table[metric], "o", color=COLOURS[0], markersize=4)
+        medians = pd.Series(table[metric].to_numpy()).groupby(places).median()
+        axes.plot(medians.index, medians, color=COLOURS[1], linewidth=1.8)
+        axes.set_xlabel(field.replace("_", " "))
+    for axes in panels[len(fields) :]:
+        axes.set_axis_off()
+    for axes in panels[: len(fields) : columns]:
+        axes.set_ylabel(metric.replace("_", " "))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.supxlabel(
+        "dots: configurations, IQM over seeds with 95 % interval; line: median of the dots at a value", fontsize=9,
+        color=FAINT, x=0.01, ha="left",
+    )  # fmt: skip
+    return _saved(figure, path)
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _by_seed(label: str, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The metric as `[env_steps, seeds]`, log points without any value left out."""
     if metric not in frame:
@@ -138,6 +207,8 @@ def _by_seed(label: str, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = frame[["env_steps", "seed", metric]].dropna()
     if rows.empty:
         raise ValueError(f"run {label!r} has no value of {metric!r} yet")
+    if "configuration" in frame:
+        raise ValueError(f"run {label!r} is a wave of a study, with several configurations; plot the study's folder")
     if rows.duplicated(["env_steps", "seed"]).any():
         twice = rows[rows.duplicated(["env_steps", "seed"])].iloc[0]
         raise ValueError(f"run {label!r} has seed {twice.seed:.0f} twice at env step {twice.env_steps:.0f}")

@@ -59,6 +59,8 @@ class RunOptions:
     """where run folders are made: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME"""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """what to run on; stops if it is not there"""
+    devices: str = "all"
+    """devices of that kind over which runs are spread, evenly: all, or at most so many"""
     runs_mode: training.RunsMode = "auto"
     """how the seeds of one device run: vmap (together) or map (one after another, bit for bit as if alone)"""
     plots: bool = True
@@ -79,7 +81,11 @@ def split_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 class Problem(NamedTuple):
-    """An algorithm on an environment, checked, with the configuration that will really run."""
+    """An algorithm on an environment, checked, with the configuration that will really run.
+
+    In a sweep the floats of `config` are arrays `[runs]`, and `configurations` are the numbers of the configurations
+    that run together, each with all seeds in turn.
+    """
 
     algorithm: str
     make_agent: Callable
@@ -87,6 +93,7 @@ class Problem(NamedTuple):
     env: Any
     env_params: Any
     options: RunOptions
+    configurations: tuple[int, ...] = ()
 
 
 def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptions) -> Problem:
@@ -96,6 +103,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     check_configuration(options)
     check_configuration(config)
     doctor.require_platform(options.device)
+    device_count(options)
     env, env_params = envs.make(options.env_id, **_parse_env_options(options.env_options))
     if config.replay_capacity > options.total_steps:
         # A ring that never wraps holds the same rows at any larger size.
@@ -112,6 +120,16 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
         )
         require(options.name != "", "--resume needs --name, the run to continue")
     return Problem(algorithm, make_agent, config, env, env_params, options)
+
+
+def device_count(options: RunOptions) -> int:
+    """The most devices that runs may be spread over; more than there are is an error."""
+    there = jax.device_count()
+    require(
+        options.devices == "all" or (options.devices.isdecimal() and 1 <= int(options.devices) <= there),
+        f"--devices is {options.devices}; it must be all or a number from 1 to {there}, the devices that there are",
+    )
+    return there if options.devices == "all" else int(options.devices)
 
 
 def _with_probed_support(config: Any, env, env_params, options: RunOptions) -> Any:

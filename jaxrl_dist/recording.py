@@ -1,7 +1,8 @@
 """What a run folder holds and how it is written: configuration, metrics and evaluations, on the host side only.
 
-`metrics.csv` has a row per log point and seed, `evaluations.csv` a row per evaluation episode. Both only ever grow, a
-whole line at a time, so a killed run loses no more than the line it was writing.
+`metrics.csv` has a row per log point and seed, `evaluations.csv` a row per evaluation episode; in a wave of a sweep
+both also have the number of the configuration. Both only ever grow, a whole line at a time, so a killed run loses no
+more than the line it was writing.
 """
 
 import csv
@@ -25,8 +26,8 @@ import jax
 import numpy as np
 import pandas as pd
 
-POSITION_COLUMNS = ("iteration", "env_steps", "updates", "seconds", "seed")
-EVALUATION_COLUMNS = ("env_steps", "seed", "episode", "episode_return", "episode_length")
+POSITION_COLUMNS = ("iteration", "env_steps", "updates", "seconds", "configuration", "seed")
+EVALUATION_COLUMNS = ("env_steps", "configuration", "seed", "episode", "episode_return", "episode_length")
 
 
 class Recorder:
@@ -34,7 +35,8 @@ class Recorder:
 
     folder: made when absent; one that holds records already is continued (call `truncate_after` with the step of the
     checkpoint first). tensorboard: event files under `folder/tensorboard`. wandb_project: non-empty sends to that
-    project. Both get one tag per seed, `seed_0/evaluation_return`, against env steps. Raises ValueError when a package
+    project. Both get one tag per seed, `seed_0/evaluation_return` (in sweeps `configuration_3/seed_0/...`), against env
+    steps. Raises ValueError when a package
     that was asked for is missing.
     """
 
@@ -107,10 +109,10 @@ class Recorder:
         step_of = lambda row: int(row["env_steps"])  # noqa: E731
         for env_steps, group in itertools.groupby(sorted(rows, key=step_of), key=step_of):  # wandb never goes back
             scalars = {
-                f"seed_{int(row['seed'])}/{column}": float(value)
+                f"{run_name(row, '/')}/{column}": float(value)
                 for row in group
                 for column, value in row.items()
-                if column not in ("env_steps", "seed") and value is not None
+                if column not in ("env_steps", "configuration", "seed") and value is not None
             }
             if self._tensorboard_writer:
                 for tag, value in scalars.items():
@@ -165,6 +167,12 @@ def command_line() -> str:
     else:
         words = [Path(interpreter).name, *arguments]
     return shlex.join(_without_machine_path(word) for word in words)
+
+
+def run_name(row: Mapping[str, Any], between: str = "_") -> str:
+    """The name of the run that a row is about: `seed_0`, in a sweep `configuration_3_seed_0`."""
+    seed = f"seed_{int(row['seed'])}"
+    return f"configuration_{int(row['configuration'])}{between}{seed}" if "configuration" in row else seed
 
 
 class _Table:

@@ -74,9 +74,13 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     """The newest checkpoint of a run with its problem rebuilt from `config.json`, on whatever devices there are."""
     require(episodes >= 1, f"--episodes is {episodes}; it must be at least 1")
     saved = recording.read_config(folder)
+    require(
+        not saved.get("configurations"),
+        f"RUN is {folder}, a wave of a study; its policies are in {folder / 'policies'}, its table is the study's",
+    )
     module = find_algorithm(saved["algorithm"])
     config, options = from_json(module.Config, saved["config"]), from_json(RunOptions, saved["options"])
-    options = dataclasses.replace(options, device="auto", resume="", runs_mode=saved["runs_mode"])
+    options = dataclasses.replace(options, device="auto", devices="all", resume="", runs_mode=saved["runs_mode"])
     problem = prepare(saved["algorithm"], module.make_agent, config, options)
     programs = training.Programs(
         problem.make_agent, problem.config, problem.env, problem.env_params,
@@ -110,7 +114,7 @@ def plot_distribution(
     problem = run.problem
     draw_return_distribution(
         problem.make_agent(problem.config, problem.env, problem.env_params), problem,
-        jax.tree.map(lambda x: x[index], run.state.state), jax.random.key(seed), out, console,
+        training.one_run(run.state.state, index), jax.random.key(seed), out, console,
         title=f"{problem.algorithm.upper()} on {problem.options.env_id}, seed {run_seed}", states=states,
     )  # fmt: skip
 

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxrl_dist import plotting, portable, recording, reporting, statistics, training
+from jaxrl_dist import interaction, plotting, portable, recording, reporting, statistics, training
 from jaxrl_dist.agent import ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.keys import is_key
-from jaxrl_dist.problem import Problem, RunOptions, action_bounds
+from jaxrl_dist.problem import Problem, RunOptions, action_bounds, device_count
 
 CHUNK_SECONDS = 0.5
 CLIPPED_MASS_TO_WARN_OF = 0.05
@@ -39,33 +39,52 @@ class NonFiniteMetric(RuntimeError):
     """Training broke: a metric became NaN or infinite."""
 
 
-def train(problem: Problem, console: Console | None = None) -> Path:
+def train(problem: Problem, console: Console | None = None, programs: training.Programs | None = None) -> Path:
     """Run training from its plan to its pictures; returns the run's folder.
 
-    Raises NonFiniteMetric when training breaks and KeyboardInterrupt after a clean stop by Ctrl-C; in both cases all
-    that was recorded stays, and the last good checkpoint with it.
+    `programs`: those of an earlier run with the same shapes, so that nothing is compiled again; they get this run's
+    floats. Raises NonFiniteMetric when training breaks and KeyboardInterrupt after a clean stop by Ctrl-C; in both
+    cases all that was recorded stays, and the last good checkpoint with it.
     """
     console = console or Console()
-    options = problem.options
+    folder = folder_of(problem.algorithm, problem.options)
+    with claim(folder, problem.options):
+        return _Session(problem, folder, console, programs).run()
+
+
+def folder_of(algorithm: str, options: RunOptions) -> Path:
+    """Where a run is kept: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME, by default named after the date and time."""
     name = options.name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(options.runs_folder) / problem.algorithm / options.env_id.replace("/", "-") / name
-    with _claim(folder, options):
-        return _Session(problem, folder, console).run()
+    return Path(options.runs_folder) / algorithm / options.env_id.replace("/", "-") / name
+
+
+def make_programs(problem: Problem) -> training.Programs:
+    """The programs of a run, not compiled yet."""
+    options = problem.options
+    return training.Programs(
+        problem.make_agent, problem.config, problem.env, problem.env_params,
+        num_runs=options.num_seeds * max(1, len(problem.configurations)), max_devices=device_count(options),
+        runs_mode=options.runs_mode,
+        eval_episodes=options.eval_episodes, eval_max_steps=options.eval_max_steps,
+        eval_states=options.eval_states, eval_rollouts=options.eval_rollouts,
+    )  # fmt: skip
 
 
 class _Session:
     """The run in one place: what the host keeps between chunks."""
 
-    def __init__(self, problem: Problem, folder: Path, console: Console):
+    def __init__(self, problem: Problem, folder: Path, console: Console, programs: training.Programs | None):
         self.problem, self.folder, self.console = problem, folder, console
         options = self.options = problem.options
-        self.seeds = np.arange(options.seed, options.seed + options.num_seeds)
-        self.programs = training.Programs(
-            problem.make_agent, problem.config, problem.env, problem.env_params,
-            num_runs=options.num_seeds, runs_mode=options.runs_mode,
-            eval_episodes=options.eval_episodes, eval_max_steps=options.eval_max_steps,
-            eval_states=options.eval_states, eval_rollouts=options.eval_rollouts,
-        )  # fmt: skip
+        seeds = np.arange(options.seed, options.seed + options.num_seeds)
+        self.seeds = np.tile(seeds, max(1, len(problem.configurations)))
+        # What tells the runs apart in every record: the seed, in a sweep the configuration before it.
+        self.runs = [{"seed": int(seed)} for seed in self.seeds]
+        if problem.configurations:
+            numbers = np.repeat(problem.configurations, options.num_seeds)
+            self.runs = [{"configuration": int(n)} | run for n, run in zip(numbers, self.runs, strict=True)]
+        self.programs = programs or make_programs(problem)
+        self.programs.set_floats(problem.config)
         agent = self.agent = self.programs.agent
         self.total_iterations = training.iterations_for(agent, options.total_steps)
         self.eval_interval = self._interval(options.eval_every, 20)
@@ -103,9 +122,8 @@ class _Session:
         finally:
             recorder.close()
         if self.interrupted:
-            self.console.print(
-                f"stopped at iteration {iteration}; continue with --name {self.folder.name} --resume latest"
-            )
+            again = "" if self.problem.configurations else f"; continue with --name {self.folder.name} --resume latest"
+            self.console.print(f"stopped at iteration {iteration}{again}")
             raise KeyboardInterrupt
         self._save_policies(state)
         self._print_results(iteration)
@@ -119,31 +137,35 @@ class _Session:
     def _print_plan(self) -> None:
         options, agent, programs = self.options, self.agent, self.programs
         abstract = programs.abstract_training
-        total, replay = _bytes(abstract), _bytes(abstract.state.experience.replay)
+        total, replay = bytes_of(abstract), bytes_of(abstract.state.experience.replay)
         ratio = agent.updates_per_iteration / agent.steps_per_iteration
         table = Table.grid(padding=(0, 2))
         rows = {
             "algorithm": f"{self.problem.algorithm} on {options.env_id}",
-            "runs": f"{options.num_seeds} (seeds {self.seeds[0]} to {self.seeds[-1]}), {programs.runs_mode} on "
-            f"{programs.num_devices} {jax.default_backend()} device(s)",
+            "runs": f"{len(self.runs)} (seeds {self.seeds[0]} to {self.seeds[-1]}{self._of_configurations()}), "
+            f"{programs.runs_mode} on {programs.num_devices} {jax.default_backend()} device(s)",
             "each run": f"{self.env_steps(self.total_iterations):,} env steps, {agent.warmup_steps:,} of them warm-up; "
             f"{self.total_iterations * agent.updates_per_iteration:,} updates ({ratio:g} per env step)",
             "memory": f"{_megabytes(total)} predicted for all runs, {_megabytes(replay)} of it replay",
             "folder": str(self.folder),
         }
-        if hasattr(self.problem.config, "v_min"):
+        if hasattr(self.problem.config, "v_min") and not self.problem.configurations:
             config, probed = self.problem.config, options.probe_support
             source = "" if probed == "off" else f", from the {probed} of random actions"
             rows["support"] = f"{config.num_atoms} atoms from {config.v_min:g} to {config.v_max:g}{source}"
         for key, value in rows.items():
             table.add_row(f"[bold]{key}", value)
         self.console.print(table)
-        available = _available_bytes()
+        available = available_bytes()
         require(
             available is None or total < available,
             f"--num-seeds is {options.num_seeds} and --replay-capacity {self.problem.config.replay_capacity}: the runs "
             f"need {_megabytes(total)}, but {_megabytes(available or 0)} are free; lower either of them",
         )
+
+    def _of_configurations(self) -> str:
+        count = len(self.problem.configurations)
+        return f" of {count} configurations" if count else ""
 
     def _start(self, recorder: recording.Recorder) -> tuple[training.Training, int]:
         """A fresh start, or the state of a checkpoint with the records cut back to it."""
@@ -190,7 +212,7 @@ class _Session:
         for group, names in (("config", now["config"]), ("options", fixed)):
             for field in names:
                 before, given = saved[group].get(field), now[group][field]
-                before, given = (tuple(x) if isinstance(x, list) else x for x in (before, given))
+                before, given = (tuple(x) if isinstance(x, list | np.ndarray) else x for x in (before, given))
                 require(
                     before == given,
                     f"{option(field)} is {given}, but the run to resume was started with {before}; they must be equal",
@@ -202,6 +224,7 @@ class _Session:
             "command": recording.command_line(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": dataclasses.asdict(self.problem.config),
+            "configurations": self.problem.configurations,
             "options": dataclasses.asdict(self.options),
             "runs_mode": self.programs.runs_mode,
             "num_devices": self.programs.num_devices,
@@ -250,6 +273,13 @@ class _Session:
                 )
         return state, iteration
 
+    def _name(self, run: int) -> str:
+        return ", ".join(f"{what} {number}" for what, number in self.runs[run].items())
+
+    def _config_of(self, run: int) -> Any:
+        """The configuration of one run, its floats as numbers."""
+        return jax.tree.map(lambda x: np.ravel(x)[run % np.size(x)].item(), self.problem.config)
+
     @property
     def _names(self) -> tuple[str, ...]:
         return self.programs.metric_names
@@ -263,16 +293,16 @@ class _Session:
             judged |= jax.tree.map(np.asarray, self.programs.calibrate(state, keys))._asdict()
         env_steps = self.env_steps(iteration)
         rows, episode_rows = [], []
-        for run, seed in enumerate(self.seeds):
+        for run, name in enumerate(self.runs):
             position = {
                 "iteration": iteration, "env_steps": env_steps, "updates": iteration * self.agent.updates_per_iteration,
-                "seconds": round(self.training_seconds, 3), "seed": int(seed),
+                "seconds": round(self.training_seconds, 3), **name,
             }  # fmt: skip
             metrics = {name: float(value) for name, value in zip(self._names, averages[run], strict=True)}
             rows.append(position | {name: float(values[run]) for name, values in judged.items()} | metrics)
             outcomes = zip(episodes.episode_return[run], episodes.episode_length[run], strict=True)
             episode_rows += [
-                {"env_steps": env_steps, "seed": int(seed), "episode": index}
+                {"env_steps": env_steps, **name, "episode": index}
                 | {"episode_return": float(episode_return), "episode_length": int(episode_length)}
                 for index, (episode_return, episode_length) in enumerate(outcomes)
             ]
@@ -286,11 +316,12 @@ class _Session:
         clipped = max((row.get("clipped_mass", 0.0) for row in rows), default=0.0)
         if clipped > CLIPPED_MASS_TO_WARN_OF and not self.warned_of_clipping:
             self.warned_of_clipping = True
-            config = self.problem.config
+            worst = max(range(len(rows)), key=lambda run: rows[run].get("clipped_mass", 0.0))
+            config = self._config_of(worst)
             self.console.print(
-                f"[yellow]clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps: so much of the "
-                f"targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen them, or use "
-                "--probe-support"
+                f"[yellow]clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps in {self._name(worst)}: "
+                f"so much of the targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen "
+                "them, or use --probe-support"
             )
 
     def _require_finite(self, state: training.Training) -> None:
@@ -299,8 +330,8 @@ class _Session:
             return
         run, metric = min(np.argwhere(broken_at >= 0), key=lambda where: broken_at[tuple(where)])
         raise NonFiniteMetric(
-            f"{self._names[metric]} became non-finite at iteration {broken_at[run, metric]} in run {run} (seed "
-            f"{self.seeds[run]}); stopped. Results so far are in {self.folder}; intact checkpoints: "
+            f"{self._names[metric]} became non-finite at iteration {broken_at[run, metric]} in run {run} "
+            f"({self._name(run)}); stopped. Results so far are in {self.folder}; intact checkpoints: "
             f"{self.checkpoints.iterations() or 'none'}"
         )
 
@@ -324,13 +355,19 @@ class _Session:
     def _save_policies(self, state: training.Training) -> None:
         (self.folder / "policies").mkdir(exist_ok=True)
         bounds = action_bounds(self.problem.env, self.problem.env_params)
-        for run, seed in enumerate(self.seeds):
-            arrays = self.agent.export(training.one_run(state.state, run))
-            portable.save_policy(self.folder / "policies" / f"seed_{seed}.npz", arrays, *bounds)
+        for run, name in enumerate(self.runs):
+            agent = self.problem.make_agent(self._config_of(run), self.problem.env, self.problem.env_params)
+            trained, path = training.one_run(state.state, run), self.folder / "policies" / recording.run_name(name)
+            portable.save_policy(path.with_suffix(".npz"), agent.export(trained), *bounds)
+            if run == 0:  # of the first run only: it takes up to a second
+                observation = interaction.transition_like(self.problem.env, self.problem.env_params).observation
+                program = portable.export_program(agent, trained, observation, *bounds)
+                path.with_suffix(".stablehlo").write_bytes(program)
 
     def _print_results(self, iteration: int) -> None:
-        reporting.print_results(self.console, self.seeds, self.last_returns)
-        runs = len(self.seeds)
+        if not self.problem.configurations:  # a study prints its own
+            reporting.print_results(self.console, self.seeds, self.last_returns)
+        runs = len(self.runs)
         seconds = max(self.training_seconds, 1e-9)
         steps = iteration * self.agent.steps_per_iteration * runs
         updates = iteration * self.agent.updates_per_iteration * runs
@@ -355,8 +392,11 @@ class _Session:
 
 
 @contextlib.contextmanager
-def _claim(folder: Path, options: RunOptions) -> Iterator[None]:
-    """Own the run's folder: fresh unless resuming, and no other live process in it."""
+def claim(folder: Path, options: RunOptions, record: str = "config.json") -> Iterator[None]:
+    """Own the folder of a run or a study: fresh unless resuming, and no other live process in it.
+
+    `record`: the file whose presence says that there is something to resume.
+    """
     import fcntl
 
     if not options.resume and folder.exists() and any(folder.iterdir()):
@@ -364,7 +404,7 @@ def _claim(folder: Path, options: RunOptions) -> Iterator[None]:
             f"--name is {folder.name!r}, but {folder} already holds a run; choose another name, or continue it with "
             "--resume latest"
         )
-    if options.resume and not (folder / "config.json").exists() and options.resume != "auto":
+    if options.resume and not (folder / record).exists() and options.resume != "auto":
         raise ConfigurationError(f"--name is {options.name!r}, but there is no run to resume in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
@@ -400,7 +440,7 @@ def _stop_on_signal(session: _Session) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _bytes(tree) -> int:
+def bytes_of(tree) -> int:
     def size(x):
         if is_key(x):
             x = jax.eval_shape(jax.random.key_data, x)
@@ -413,7 +453,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     """Memory the runs may fill: the device's limit, or what the host has free; None where neither is known."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:

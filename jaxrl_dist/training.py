@@ -154,6 +154,7 @@ class Programs:
         env_params: Any,
         *,
         num_runs: int,
+        max_devices: int | None = None,
         runs_mode: RunsMode = "auto",
         eval_episodes: int = 10,
         eval_max_steps: int = 0,
@@ -162,13 +163,12 @@ class Programs:
     ):
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`."""
         self.num_runs = num_runs
-        devices = jax.devices()
+        devices = jax.devices()[:max_devices]
         self.num_devices = max(n for n in range(1, min(num_runs, len(devices)) + 1) if num_runs % n == 0)
         mesh = jax.make_mesh((self.num_devices,), ("runs",), (AxisType.Auto,), devices=devices[: self.num_devices])
         self.sharding = NamedSharding(mesh, PartitionSpec("runs"))
-        self.configs = jax.device_put(
-            jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), num_runs), configs), self.sharding
-        )
+        self.configs = self._spread(configs)
+        self.compiled = False
         # The first run's agent, for sizes and names: with the floats of all runs its shapes would not fit.
         self.agent = make_agent(jax.tree.map(lambda x: np.ravel(x)[0], configs), env, env_params)
         self.metric_names = metric_names(self.agent, jax.eval_shape(self.agent.init, jax.random.key(0)))
@@ -222,8 +222,19 @@ class Programs:
         shapes = self._begin.eval_shape(self.configs, keys)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), shapes)
 
+    def _spread(self, configs: Any) -> Any:
+        floats = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), self.num_runs), configs)
+        return jax.device_put(floats, self.sharding)
+
+    def set_floats(self, configs: Any) -> None:
+        """Take other floats; what is compiled stays compiled. `agent` remains that of the first ones."""
+        self.configs = self._spread(configs)
+
     def compile(self) -> None:
         """Compile all pieces ahead of time, so that compile seconds are known and nothing compiles later."""
+        if self.compiled:
+            return
+        self.compiled = True
         training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
         self._begin = self._begin.lower(self.configs, keys).compile()
         self._advance = self._advance.lower(training, self.configs, jnp.int32(0)).compile()

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl_dist import cli
 from jaxrl_dist.problem import RunOptions, split_preset
+from jaxrl_dist.sweeps import SweepOptions
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = sorted(cli.algorithms())
@@ -37,11 +38,12 @@ def test_help_lists_every_option_with_meaning_and_default(name):
     done = run(module.__file__, "--help")
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.replace("│", " ").split())
-    for field in (*dataclasses.fields(module.Config), *dataclasses.fields(RunOptions)):
+    fields = [field for options in (module.Config, RunOptions, SweepOptions) for field in dataclasses.fields(options)]
+    for field in fields:
         assert f"--{field.name.replace('_', '-')} " in words, field.name
-    assert "run options" in words
-    assert "algorithm options" in words
-    assert words.count("(default:") == len(dataclasses.fields(module.Config)) + len(dataclasses.fields(RunOptions))
+    for group in ("run options", "sweep options", "algorithm options", "--sweep.FIELD"):
+        assert group in words
+    assert words.count("(default:") == len(fields)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,9 @@ def test_help_lists_every_option_with_meaning_and_default(name):
         (["--preset", "mine"], "--preset is 'mine'"),
         (["--learning-rat", "1"], "--learning-rat"),
         (["--batch-size", "many"], "--batch-size"),
+        (["--sweep.learning-rate", "1"], "--sweep.learning-rate is no field"),
+        (["--sweep.discount", "1:0:3"], "--sweep.discount is 1:0:3, an empty range"),
+        (["--sweep-samples", "3"], "need --sweep.FIELD"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path):

@@ -77,8 +77,7 @@ def main(
             state = programs.begin(jax.random.split(jax.random.key(0), num_seeds))
             iterations = training.iterations_for(programs.agent, total_steps)
             for rate in LEARNING_RATES:  # floats are traced: the same program
-                rates = jnp.full(num_seeds, rate, jnp.float32)
-                programs.configs = dataclasses.replace(programs.configs, learning_rate=rates)
+                programs.set_floats(dataclasses.replace(config, learning_rate=rate))
                 state = programs.advance(state, iterations // len(LEARNING_RATES))
             judge = jax.jit(functools.partial(judged, programs.agent, env, env_params, config.discount, episodes))
             for seed in range(num_seeds):

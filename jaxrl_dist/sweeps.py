@@ -1,0 +1,262 @@
+"""Sweeps: which configurations are asked for, which of them run together, and how they compare.
+
+Configurations that differ in floats alone share one compiled program and lie, with their seeds, along the `runs` axis;
+each choice of the static fields (sizes, switches, names) is a group of its own. What does not fit into memory at once
+is trained in waves. `study` trains them; this module says what they are.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from jaxrl_dist import statistics
+from jaxrl_dist.agent import option, require
+
+PREFIX = "--sweep."
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """Many configurations at once: --sweep.FIELD VALUE VALUE ..., or --sweep.FIELD LOW:HIGH:COUNT (:log), for options
+    of the algorithm; below is how they are combined."""
+
+    sweep_file: str = ""
+    """CSV file with a row per configuration and a column per field, instead of or beside --sweep.FIELD"""
+    sweep_samples: int = 0
+    """0: every combination of the values (a grid); above: so many random ones, ranges drawn between their ends"""
+    sweep_seed: int = 0
+    """seed of the random combinations"""
+
+
+class Range(NamedTuple):
+    """`LOW:HIGH:COUNT`, with `:log` at the end evenly spaced by ratio; without COUNT only for random sweeps."""
+
+    low: float
+    high: float
+    count: int
+    log: bool
+
+    def grid(self) -> list[float]:
+        space = np.geomspace if self.log else np.linspace
+        return [float(f"{value:.12g}") for value in space(self.low, self.high, self.count)]
+
+    def draw(self, generator: np.random.Generator) -> float:
+        if self.log:
+            return float(np.exp(generator.uniform(np.log(self.low), np.log(self.high))))
+        return float(generator.uniform(self.low, self.high))
+
+
+Axis = Range | list
+"""What is said of one field: a range, or its values one by one."""
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The command line without the `--sweep.FIELD WORDS...`, and those: field (underscores) to its words."""
+    rest, swept, words = [], {}, None
+    for argument in arguments:
+        if argument.startswith(PREFIX):
+            name, equals, value = argument[len(PREFIX) :].partition("=")
+            field = name.replace("-", "_")
+            require(field not in swept, f"{PREFIX}{name} is given twice; give all its values after one")
+            words = swept[field] = [value] if equals else []
+        elif argument.startswith("--"):
+            words = None
+            rest.append(argument)
+        else:
+            (rest if words is None else words).append(argument)
+    return rest, swept
+
+
+def parse(config_type: type, swept: Mapping[str, Sequence[str]], *, random: bool) -> dict[str, Axis]:
+    """The words after each `--sweep.FIELD` as values of that field's type; ConfigurationError names what is wrong.
+
+    A range is for floats only: any other field selects a program, so its values are given one by one.
+    """
+    return {field: _axis(config_type, field, words, random) for field, words in swept.items()}
+
+
+def _axis(config_type: type, field: str, words: Sequence[str], random: bool) -> Axis:
+    known = {f.name: f for f in dataclasses.fields(config_type)}
+    name = PREFIX + field.replace("_", "-")
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(PREFIX + n.replace('_', '-') for n in near)}?" if near else (
+            f"fields: {', '.join(sorted(known))}"
+        )  # fmt: skip
+        require(False, f"{name} is no field of the algorithm; {hint}")
+    require(len(words) > 0, f"{name} has no values; give some, such as {name} 0.1 0.2, or a range LOW:HIGH:COUNT")
+    hint = _plain_type(config_type, field)
+    if len(words) == 1 and ":" in words[0] and hint is not str:
+        require(
+            hint is float,
+            f"{name} is {words[0]}, a range, but {field} is static (it selects a compiled program); give its values "
+            "one by one",
+        )
+        return _range(name, words[0], random)
+    values = [_value(name, hint, word) for word in words]
+    require(len(set(values)) == len(values), f"{name} is {' '.join(words)}; every value once")
+    return values
+
+
+def _plain_type(config_type: type, field: str) -> type:
+    hint = typing.get_type_hints(config_type)[field]
+    return tuple if typing.get_origin(hint) is tuple else hint
+
+
+def _range(name: str, word: str, random: bool) -> Range:
+    parts = word.split(":")
+    log = parts[-1] == "log"
+    numbers = parts[:-1] if log else parts
+    wanted = f"{name} is {word}; it must be LOW:HIGH:COUNT or LOW:HIGH:COUNT:log" + (", or without COUNT" * random)
+    try:
+        low, high = float(numbers[0]), float(numbers[1])
+        count = int(numbers[2]) if len(numbers) == 3 else 0
+    except (ValueError, IndexError):
+        require(False, wanted)
+    require(len(numbers) == 3 or (random and len(numbers) == 2), wanted)
+    require(low < high, f"{name} is {word}, an empty range; LOW must be below HIGH")
+    require(len(numbers) == 2 or count >= 2, f"{name} is {word}; COUNT must be at least 2")
+    require(not log or low > 0, f"{name} is {word}; LOW must be above 0 for log")
+    return Range(low, high, count, log)
+
+
+def _value(name: str, hint: type, word: str) -> Any:
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[word.lower()]
+        if hint is tuple:  # widths, written with commas
+            return tuple(int(part) for part in word.split(",") if part)
+        return hint(word) if hint in (int, float) else word
+    except (ValueError, KeyError):
+        kinds = {bool: "True or False", tuple: "whole numbers with commas, such as 64,64", int: "a whole number"}
+        require(False, f"{name} has the value {word!r}; it must be {kinds.get(hint, 'a number')}")
+
+
+def combine(axes: Mapping[str, Axis], options: SweepOptions) -> list[dict[str, Any]]:
+    """All configurations, each as the fields that differ from the base: a grid, or `sweep_samples` random ones."""
+    require(options.sweep_samples >= 0, f"--sweep-samples is {options.sweep_samples}; it must be 0 or more")
+    if options.sweep_samples == 0:
+        grids = [axis.grid() if isinstance(axis, Range) else axis for axis in axes.values()]
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*grids)]
+    generator = np.random.default_rng(options.sweep_seed)
+
+    def draw(axis: Axis) -> Any:
+        return axis.draw(generator) if isinstance(axis, Range) else axis[generator.integers(len(axis))]
+
+    drawn = [{field: draw(axis) for field, axis in axes.items()} for _ in range(options.sweep_samples)]
+    return list({tuple(d.items()): d for d in drawn}.values())  # a finite choice may come up twice
+
+
+def from_file(config_type: type, path: Path) -> list[dict[str, Any]]:
+    """One configuration per row of a CSV file whose columns are fields; ConfigurationError names what is wrong."""
+    require(path.is_file(), f"--sweep-file is {path}, which is no file")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    require(len(table) > 0, f"--sweep-file is {path}, which has no rows")
+    columns = {field: [_axis(config_type, field, [word], False) for word in table[field]] for field in table}
+    return [{field: columns[field][row][0] for field in table} for row in range(len(table))]
+
+
+def configurations(
+    config_type: type, swept: Mapping[str, Sequence[str]], options: SweepOptions
+) -> list[dict[str, Any]]:
+    """Everything that the command line asks for; rows of a file are combined with the values of other fields."""
+    axes = parse(config_type, swept, random=options.sweep_samples > 0)
+    found = combine(axes, options) if axes else [{}]
+    if options.sweep_file:
+        rows = from_file(config_type, Path(options.sweep_file))
+        both = set(axes) & set(rows[0])
+        require(not both, f"--sweep-file and {PREFIX}{min(both, default='')} give the same field; give it once")
+        found = [row | values for row in rows for values in found]
+    return found
+
+
+# -- what runs together -----------------------------------------------------------------------------------------------
+
+
+class Wave(NamedTuple):
+    """Configurations that run together: their numbers, and one configuration with float arrays `[runs]`.
+
+    Runs are ordered by configuration, then seed.
+    """
+
+    numbers: tuple[int, ...]
+    config: Any
+
+
+def waves(configs: Sequence[Any], num_seeds: int, largest: Mapping[Any, int]) -> list[Wave]:
+    """Group configurations by their static fields and cut groups into waves of even size.
+
+    configs: one configuration each, floats as numbers. largest: for the static fields of each group (`static_fields`),
+    how many configurations fit into memory at once.
+    """
+    groups: dict[Any, list[int]] = {}
+    for number, config in enumerate(configs):
+        groups.setdefault(static_fields(config), []).append(number)
+    found = []
+    for key, numbers in groups.items():
+        for part in np.array_split(numbers, -(-len(numbers) // largest[key])):
+            found.append(Wave(tuple(map(int, part)), stacked([configs[i] for i in part], num_seeds)))
+    return found
+
+
+def static_fields(config: Any) -> tuple:
+    """The fields that select a compiled program, as a key."""
+    hints = typing.get_type_hints(type(config))
+    return tuple((name, getattr(config, name)) for name, hint in hints.items() if hint is not float)
+
+
+def stacked(configs: Sequence[Any], num_seeds: int) -> Any:
+    """One configuration whose floats are arrays `[configurations * num_seeds]`."""
+    hints = typing.get_type_hints(type(configs[0]))
+    floats = {
+        name: np.repeat([float(getattr(config, name)) for config in configs], num_seeds)
+        for name, hint in hints.items()
+        if hint is float
+    }
+    return dataclasses.replace(configs[0], **floats)
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def ranking(results: pd.DataFrame, fields: Sequence[str], metric: str = "evaluation_return") -> pd.DataFrame:
+    """A row per configuration, best first, by the interquartile mean over seeds of the last evaluation.
+
+    `low` and `high` are the 95 % bootstrap interval over seeds; `best` is the part of bootstrap resamples (of the seeds
+    of every configuration) in which the configuration comes first: how sure the choice is.
+    """
+    last = results[results.env_steps == results.groupby("configuration").env_steps.transform("max")]
+    scores = last.pivot(index="configuration", columns="seed", values=metric)
+    rows = last.drop_duplicates("configuration").set_index("configuration")[list(fields)].sort_index()
+    rows[metric] = statistics.interquartile_mean(scores.values, axis=1)
+    seeds = scores.shape[1]
+    if seeds > 1:
+        intervals = [statistics.bootstrap_interval(row) for row in scores.values]
+        rows["low"], rows["high"] = np.transpose(intervals)
+        chosen = np.random.default_rng(0).integers(seeds, size=(1_000, len(scores), seeds))
+        resampled = np.take_along_axis(scores.values[None], chosen, axis=2)
+        winners = statistics.interquartile_mean(resampled, axis=2).argmax(1)
+        rows["best"] = np.bincount(winners, minlength=len(scores)) / 1_000
+    return rows.sort_values(metric, ascending=False).reset_index()
+
+
+def shown(value: Any) -> str:
+    """A value of a field as it is written on the command line."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command_options(values: Mapping[str, Any]) -> str:
+    """The options that train one configuration by itself."""
+    return " ".join(f"{option(field)} {shown(value)}" for field, value in values.items())

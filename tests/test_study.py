@@ -1,0 +1,134 @@
+"""A study from the command line to its pictures: each run is the run alone, and a killed study goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from jaxrl_dist import cli, problem, recording, runner, study
+from jaxrl_dist.agent import ConfigurationError
+from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.checkpointing import Checkpoints
+
+CONFIG = tqc.Config(
+    num_envs=2, warmup_steps=32, batch_size=8, actor_hidden=(8,), critic_hidden=(8,), num_critics=2, num_quantiles=3,
+    quantiles_dropped=1,
+)  # fmt: skip
+OPTIONS = problem.RunOptions(
+    env_options=("max_steps_in_episode=20",), total_steps=232, num_seeds=2, eval_every=100, eval_episodes=3,
+    eval_states=0, checkpoint_every=50, plots=False, device="cpu", name="some",
+)  # fmt: skip
+RATES, COUNTS = (1e-3, 1e-1), (3, 4)
+GRID = [{"critic_learning_rate": rate, "num_quantiles": count} for rate in RATES for count in COUNTS]
+
+
+def train(folder: Path, found, console: Console | None = None, **changes) -> Path:
+    options = dataclasses.replace(OPTIONS, runs_folder=str(folder), **changes)
+    return study.train("tqc", tqc.make_agent, CONFIG, options, found, console or Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, int]:
+    """A study of four configurations in waves of one, and how many programs it compiled."""
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "MEMORY_TO_FILL", 1e-12)  # one configuration at a time
+        compile_all = study.runner.training.Programs.compile
+
+        def counted(self):
+            compiled.append(not self.compiled)
+            compile_all(self)
+
+        patch.setattr(study.runner.training.Programs, "compile", counted)
+        folder = train(tmp_path_factory.mktemp("finished"), GRID)
+    return folder, sum(compiled)
+
+
+def test_waves_of_one_group_share_what_is_compiled(finished):
+    folder, compiled = finished
+    assert sorted(wave.name for wave in folder.glob("wave_*")) == [f"wave_{i:02d}" for i in range(4)]
+    assert compiled == 2, "two numbers of quantiles, two programs"
+
+
+def test_the_table_holds_every_run_with_its_settings(finished):
+    folder, _ = finished
+    results = pd.read_csv(folder / "results.csv")
+    assert len(results.groupby(["configuration", "seed"])) == 4 * 2
+    for number, fields in enumerate(GRID):
+        rows = results[results.configuration == number]
+        assert set(rows.critic_learning_rate) == {fields["critic_learning_rate"]}
+        assert set(rows.num_quantiles) == {fields["num_quantiles"]}
+    described = json.loads((folder / "study.json").read_text())
+    assert described["fields"] == ["critic_learning_rate", "num_quantiles"]
+    ranking = pd.read_csv(folder / "ranking.csv")
+    assert ranking.evaluation_return.is_monotonic_decreasing
+    for picture in ("ranking.png", "response.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    policies = {path.name for wave in folder.glob("wave_*") for path in (wave / "policies").glob("*.npz")}
+    assert policies == {f"configuration_{number}_seed_{seed}.npz" for number in range(4) for seed in range(2)}
+
+
+def test_a_run_of_a_study_is_the_run_alone(finished, tmp_path):
+    """The swept float reaches the right run: configuration 2 has the large step size and three quantiles."""
+    folder, _ = finished
+    config = dataclasses.replace(CONFIG, critic_learning_rate=RATES[1])
+    options = dataclasses.replace(OPTIONS, runs_folder=str(tmp_path))
+    alone = recording.read_metrics(runner.train(problem.prepare("tqc", tqc.make_agent, config, options)))
+    results = pd.read_csv(folder / "results.csv").query("configuration == 2").reset_index()
+    columns = [name for name in alone if name != "seconds"]
+    pd.testing.assert_frame_equal(alone[columns], results[columns], rtol=1e-6)
+    other = pd.read_csv(folder / "results.csv").query("configuration == 0")
+    assert not (other.critic_loss.to_numpy() == alone.critic_loss.to_numpy()).any()
+
+
+def test_a_stopped_study_goes_on_and_equals_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "MEMORY_TO_FILL", 1e-12)
+    grid = [fields for fields in GRID if fields["num_quantiles"] == 3]  # configurations 0 and 2 of the other study
+    save = Checkpoints.save
+
+    def save_then_stop(self, iteration, tree):
+        save(self, iteration, tree)
+        if "wave_01" in str(self.folder):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Checkpoints, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, grid)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    folder = tmp_path / "tqc" / "Pendulum-v1" / "some"
+    assert (folder / "wave_00" / "finished").exists()
+    assert not (folder / "wave_01" / "finished").exists()
+    first_wave = (folder / "wave_00" / "metrics.csv").stat().st_mtime_ns
+
+    with pytest.raises(ConfigurationError, match=r"was started with 2 other configurations"):
+        train(tmp_path, GRID[1:3], resume="auto")
+    train(tmp_path, grid, resume="auto")
+    assert (folder / "wave_00" / "metrics.csv").stat().st_mtime_ns == first_wave, "a finished wave is not trained again"
+    expected = pd.read_csv(finished[0] / "results.csv").query("num_quantiles == 3").drop(columns=["seconds"])
+    expected = expected.replace({"configuration": {2: 1}}).reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv")[expected.columns], expected, check_exact=True)
+
+
+def test_every_configuration_is_checked_before_anything_compiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "make_programs", lambda *_: pytest.fail("compiles"))
+    with pytest.raises(ConfigurationError, match="--quantiles-dropped is 1"):
+        train(tmp_path, [{"num_quantiles": 3}, {"num_quantiles": 1}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_plotted_by_its_folder(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
+    out = tmp_path / "picture.png"
+    cli.command(["plot", str(finished[0]), "--metric", "critic_loss", "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="2"):
+        cli.command(["plot", str(finished[0]), "--metric", "none"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.command(["plot", str(finished[0] / "wave_00")])
+    with pytest.raises(SystemExit, match="2"):
+        cli.command(["evaluate", str(finished[0] / "wave_00")])

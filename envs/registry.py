@@ -13,6 +13,7 @@ import numpy as np
 from gymnax.registration import registered_envs
 
 from jaxrl_dist.envs.bridge import Bridge, check_params
+from jaxrl_dist.envs.comb_lock import CombLock
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
 from jaxrl_dist.envs.tabular import GENERATORS
@@ -52,6 +53,7 @@ def available() -> dict[str, list[str]]:
         "brax": [f"brax/{name}" for name in BRAX_DEFAULT_BACKEND],
         "probe": ["probe"],
         "bridge": ["bridge"],
+        "comb_lock": ["comb_lock"],
         "tabular": list(GENERATORS),
     }
     return {family: [i for i in ids if i not in UNAVAILABLE] for family, ids in families.items()}
@@ -77,6 +79,8 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
             options = options | {"case": probe_params(options["case"]).case}
     elif env_id == "bridge":
         construct, arguments = Bridge, _arguments(Bridge)
+    elif env_id == "comb_lock":
+        construct, arguments = CombLock, _arguments(CombLock)
     elif env_id in GENERATORS:
         construct, arguments = GENERATORS[env_id], _arguments(GENERATORS[env_id])
     elif env_id.startswith("brax/"):

@@ -1,4 +1,4 @@
-"""The command line: `python algorithms/FAMILY/NAME.py ...` and `jaxrl-dist list|train|evaluate|plot|doctor`.
+"""The command line: `python algorithms/FAMILY/NAME.py ...` and `jaxrl-dist list|train|evaluate|plot|report|doctor`.
 
 Algorithms and environments are found by name and imported only when asked for.
 """

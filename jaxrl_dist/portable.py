@@ -1,18 +1,41 @@
-"""Trained policies as small `.npz` files that load with numpy alone (this module imports nothing else at run time).
+"""Trained policies outside of this package: as `.npz` files that load with numpy alone, and as StableHLO programs.
 
-Two kinds of policies: for continuous actions the tanh of a perceptron, for a choice of actions the largest value of a
-network with a torso, a head, and a return distribution for every action.
+Two kinds of `.npz` files: for continuous actions the tanh of a perceptron, for a choice of actions the largest value of
+a network with a torso, a head, and a return distribution for every action. Reading and writing them imports numpy only.
+
+A `.stablehlo` program (`jax.export`) needs JAX and the package flatbuffers, and nothing of this one:
+
+    from jax import export
+    program = export.deserialize(bytearray(Path("seed_0.stablehlo").read_bytes()))
+    action = program.call(observation)    # [batch, *observation] -> [batch, *action], for any batch size
+
+The file itself says on which platforms it runs (`program.platforms`). JAX promises to read it for six months of later
+versions; the version that wrote it is `versions.jax` in the run's `config.json`. An `.npz` file has no such limit.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from jaxrl_dist.agent import Agent
+
+PLATFORMS = ("cpu", "cuda", "tpu")
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+
+# Utilities f of stock plus return (`envs/stock.py`), whose threshold leaves room for rounding.
+UTILITIES = {
+    "mean": lambda x: x,
+    "shortfall": lambda x: np.minimum(x, 0),
+    "surplus": lambda x: np.maximum(x, 0),
+    "target": lambda x: -np.abs(x),
+    "homeostasis": lambda x: -(x**2),
+    "threshold": lambda x: x >= -1e-5,
 }
 
 
@@ -43,7 +66,9 @@ def greedy_policy(parameters: Mapping[str, Any], num_actions: int, **extra: Any)
     and of a `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").
 
     extra: `support` `[atoms]` for categorical outputs; `risk_table` and `variance_penalty` (`risk.tables`) for
-    risk-sensitive choices; for implicit quantiles `fractions` `[m]`, or `proposal`, the layers that propose them.
+    risk-sensitive choices; for implicit quantiles `fractions` `[m]`, or `proposal`, the layers that propose them; for
+    observations that end with a stock `utility`, a name of `UTILITIES`, and `stock_scale`, by which the network has it
+    divided.
     """
     torso, head = parameters.get("torso", {}), parameters["head"]
     arrays = {"num_actions": np.int32(num_actions)}
@@ -83,6 +108,36 @@ def load_policy(path: Path | str) -> Callable[[np.ndarray], np.ndarray]:
     return _greedy(arrays) if "num_actions" in arrays else _squashed(arrays)
 
 
+def export_program(
+    agent: "Agent",
+    state: Any,
+    observation: Any,
+    action_low: np.ndarray | None = None,
+    action_high: np.ndarray | None = None,
+) -> bytes:
+    """The evaluation policy as a StableHLO program for `PLATFORMS`, in the format of `jax.export`.
+
+    It maps observations `[batch, *observation]` to actions `[batch, *action]`: in the environment's units where its
+    bounds are given, else indices. `observation` is one observation, or its `ShapeDtypeStruct`; `state` is that of one
+    run, and what the policy does not read of it, such as the replay, is not in the program.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax import export
+
+    def policy(observations: jax.Array) -> jax.Array:
+        # Evaluation policies are deterministic and leave the key alone, which the program's user need not give.
+        action = agent.act(state, observations, jax.random.key(0))
+        if action_low is None:
+            return action
+        centre, half_range = (action_low + action_high) / 2, (action_high - action_low) / 2
+        return jnp.clip(centre + half_range * action, action_low, action_high)
+
+    batch = export.symbolic_shape("batch")
+    like = jax.ShapeDtypeStruct((*batch, *observation.shape), observation.dtype)
+    return bytes(export.export(jax.jit(policy), platforms=PLATFORMS)(like).serialize())
+
+
 def _squashed(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     half_range = (arrays["action_high"] - arrays["action_low"]) / 2
 
@@ -99,6 +154,9 @@ def _squashed(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.nda
 def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     def policy(observation: np.ndarray) -> np.ndarray:
         features = np.asarray(observation, np.float32)
+        if "utility" in arrays:
+            stock = features[:, -1:]
+            features = np.concatenate([features[:, :-1], stock / arrays["stock_scale"]], axis=1)
         if "convolution_kernel" in arrays:
             size = arrays["convolution_kernel"].shape[0]
             patches = np.lib.stride_tricks.sliding_window_view(features, (size, size), axis=(1, 2))
@@ -122,6 +180,8 @@ def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarr
             outputs = outputs.reshape(len(features), int(arrays["num_actions"]), -1)
         if "value_kernel_0" in arrays:
             outputs = _perceptron(arrays, "value_", features)[:, None] + outputs - outputs.mean(1, keepdims=True)
+        if "utility" in arrays:
+            return UTILITIES[str(arrays["utility"])](stock[..., None] + outputs).mean(-1).argmax(-1)
         return _value(arrays, outputs, masses).argmax(-1)
 
     return policy

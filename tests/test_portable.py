@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from toys import Toy, ToyParams
 
-from jaxrl_dist import normalization, portable
+from jaxrl_dist import cli, envs, normalization, portable
 from jaxrl_dist.algorithms.actor_critic import td3, tqc
+from jaxrl_dist.problem import action_bounds, split_preset
 
 ROOT = Path(portable.__file__).parents[1]
 OBSERVATIONS = np.random.default_rng(0).normal(0, 3, (20, 3)).astype(np.float32)
@@ -19,7 +21,10 @@ SIZES = {"warmup_steps": 8, "batch_size": 4, "replay_capacity": 8, "actor_hidden
 
 @pytest.fixture(scope="module", params=[(tqc, True), (td3, False)], ids=["tqc", "td3"])
 def trained(request, tmp_path_factory):
-    """A saved policy, and what the agent itself does at the same observations, in the environment's units."""
+    """A saved policy, what the agent itself does at the same observations, in the environment's units, and its state.
+
+    Beside the `.npz` file is the program.
+    """
     algorithm, normalize = request.param
     config = algorithm.Config(**SIZES, normalize_observations=normalize)
     agent = algorithm.make_agent(config, Toy(), ToyParams())
@@ -34,6 +39,8 @@ def trained(request, tmp_path_factory):
     low, high = np.float32([-2, 1]), np.float32([2, 4])
     path = tmp_path_factory.mktemp("policy") / "policy.npz"
     portable.save_policy(path, agent.export(state), low, high)
+    observation = jax.ShapeDtypeStruct((3,), jnp.float32)
+    path.with_suffix(".stablehlo").write_bytes(portable.export_program(agent, state, observation, low, high))
     return path, low + (high - low) * (np.asarray(action, np.float64) + 1) / 2, state
 
 
@@ -67,6 +74,63 @@ assert "jax" not in sys.modules
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=120)
     np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), expected, atol=1e-5)
+
+
+def test_program_runs_where_jax_is_all_there_is(trained, tmp_path):
+    """Any batch size, no key, the environment's units; not this package, nor what it is built on."""
+    path, expected, _ = trained
+    np.save(tmp_path / "observations.npy", OBSERVATIONS)
+    script = f"""
+import sys
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jaxrl_dist", "flax", "optax", "gymnax", "chex"):
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Forbidden())
+from pathlib import Path
+import jax, numpy as np
+from jax import export
+program = export.deserialize(bytearray(Path({str(path.with_suffix(".stablehlo"))!r}).read_bytes()))
+assert set(program.platforms) == {{"cpu", "cuda", "tpu"}}, program.platforms
+observations = np.load("observations.npy")
+np.save("actions.npy", program.call(observations))
+np.save("first.npy", program.call(observations[:1]))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
+    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), expected, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "first.npy"), expected[:1], atol=1e-5)
+
+
+AGENTS = sorted(name for name, module in cli.algorithms().items() if "dynamic_programming" not in module)
+
+
+@pytest.mark.parametrize("name", [*AGENTS, "rainbow of images"])
+def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
+    """Both do what `act` does, for random weights, which need no training."""
+    module = cli.find_algorithm(name.split()[0])
+    env_id, preset = ("Breakout-MinAtar", {}) if "images" in name else next(iter(module.PRESETS.items()))
+    env, params = envs.make(env_id)
+    config = module.Config(**split_preset(preset)[1])
+    agent = module.make_agent(dataclasses.replace(config, warmup_steps=1_000, replay_capacity=1_000), env, params)
+    generator = np.random.default_rng(0)
+
+    def random_weights(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        values = generator.normal(0, 0.3, x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape)
+        return jnp.asarray(values, x.dtype)
+
+    state = jax.tree.map(random_weights, jax.eval_shape(agent.init, jax.random.key(0)))
+    observations = generator.normal(0, 1, (30, *env.observation_space(params).shape)).astype(np.float32)
+    expected = np.asarray(jax.jit(agent.act)(state, observations, jax.random.key(1)))
+    assert len(np.unique(expected)) > 1
+    bounds = action_bounds(env, params)
+    written = portable.export_program(agent, state, observations[0], *bounds)
+    actions = np.asarray(jax.export.deserialize(bytearray(written)).call(observations))
+    assert actions.dtype == (np.float32 if bounds else np.int32)
+    portable.save_policy(tmp_path / "p.npz", agent.export(state), *bounds)
+    np.testing.assert_allclose(actions, portable.load_policy(tmp_path / "p.npz")(observations), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actions, 2 * expected if bounds else expected, rtol=0, atol=1e-5)  # Pendulum's [-2, 2]
 
 
 def test_hand_worked(tmp_path):

@@ -121,7 +121,7 @@ def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
         return jnp.asarray(values, x.dtype)
 
     state = jax.tree.map(random_weights, jax.eval_shape(agent.init, jax.random.key(0)))
-    observations = generator.normal(0, 1, (30, *env.observation_space(params).shape)).astype(np.float32)
+    observations = generator.normal(0, 3, (300, *env.observation_space(params).shape)).astype(np.float32)
     expected = np.asarray(jax.jit(agent.act)(state, observations, jax.random.key(1)))
     assert len(np.unique(expected)) > 1
     bounds = action_bounds(env, params)

@@ -168,7 +168,8 @@ def operators(env: Tabular, arguments: Arguments) -> tuple[pd.DataFrame, dict[tu
         _, found = program(
             env.default_params.mdp, DISCOUNT, two_slices(alpha), TOLERANCE, iterations=arguments.iterations
         )
-        for name, control in found.items():
+        for name in LOOKS:
+            control = found[name]
             policy = np.asarray(control.policy)
             policies[alpha, name] = policy
             exact = exact_law(env, policy)

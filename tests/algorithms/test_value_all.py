@@ -12,16 +12,18 @@ import pytest
 
 from jaxrl_dist import envs, portable, returns, training
 from jaxrl_dist.agent import check_configuration
-from jaxrl_dist.algorithms.value_based import c51, dqn, fqf, iqn, mmd_dqn, qr_dqn, rainbow
+from jaxrl_dist.algorithms.value_based import c51, dqn, fqf, iqn, mmd_dqn, os_c51, qr_dqn, rainbow
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 
 ALGORITHMS = {
-    "dqn": dqn, "c51": c51, "qr_dqn": qr_dqn, "mmd_dqn": mmd_dqn, "iqn": iqn, "fqf": fqf, "rainbow": rainbow
+    "dqn": dqn, "c51": c51, "qr_dqn": qr_dqn, "mmd_dqn": mmd_dqn, "iqn": iqn, "fqf": fqf, "rainbow": rainbow,
+    "os_c51": os_c51,
 }  # fmt: skip
-DISTRIBUTIONAL = [name for name in ALGORITHMS if name != "dqn"]
+DISTRIBUTIONAL = [name for name in ALGORITHMS if name not in ("dqn", "os_c51")]
 FEW_ATOMS = {
     "dqn": {},
     "c51": {"num_atoms": 7},
+    "os_c51": {"num_atoms": 7},
     "rainbow": {"num_atoms": 7},
     "qr_dqn": {"num_quantiles": 6},
     "mmd_dqn": {"num_particles": 6},
@@ -40,7 +42,7 @@ def small_agent(name, env=None, **settings):
 def larger_weights(name, state):
     """The state with weights so large that actions and laws differ from observation to observation."""
     # Larger logits would make certain laws, and so ties between the values of actions.
-    factor = 2.0 if name in ("c51", "rainbow") else 3.0
+    factor = 2.0 if name in ("c51", "os_c51", "rainbow") else 3.0
     network = jax.tree.map(lambda x: factor * x, state.learner.network)
     return state._replace(learner=state.learner._replace(network=network, target_network=network))
 
@@ -76,7 +78,7 @@ def probe_errors(name: str, env=None, cases=CASES, iterations=700, **settings) -
         "num_steps": 1, "discount": discount, "target_period": 20, "learning_rate": 1e-2, "adam_epsilon": 1e-6,
         "epsilon_start": 1.0, "epsilon_end": 0.5, "exploration_steps": 1000, "hidden": (16, 16),
     } | FEW_ATOMS[name] | settings  # fmt: skip
-    if name in ("c51", "rainbow"):  # targets stay inside the support, where the projection keeps the mean
+    if name in ("c51", "os_c51", "rainbow"):  # targets stay inside the support, where the projection keeps the mean
         settings |= {"v_min": -4.0, "v_max": 4.0, "num_atoms": 17}
     if name == "rainbow":  # little noise: evaluation takes the mean weights, updates take drawn ones
         settings = {"initial_noise": 0.05} | settings
@@ -241,8 +243,8 @@ def test_every_other_field_changes_the_program(name):
 
 METRICS = {"episode_return", "episode_length", "loss", "value", "target", "gradient_norm"}
 MORE_METRICS = {
-    "c51": {"clipped_mass"}, "rainbow": {"clipped_mass"}, "qr_dqn": {"crossings"}, "mmd_dqn": {"spread"},
-    "fqf": {"fraction_entropy"},
+    "c51": {"clipped_mass"}, "os_c51": {"clipped_mass"}, "rainbow": {"clipped_mass"}, "qr_dqn": {"crossings"},
+    "mmd_dqn": {"spread"}, "fqf": {"fraction_entropy"},
 }  # fmt: skip
 
 
@@ -359,6 +361,8 @@ def started(request):
 def variants(name) -> list[dict]:
     if name == "dqn":
         return [{"dueling": False}]
+    if name == "os_c51":
+        return [{}]
     return [{"risk": risk} for risk in RISKS]
 
 
@@ -384,7 +388,7 @@ def test_predictions_are_laws_whose_value_the_policy_maximises(started):
         values = np.zeros((60, 3))
         for action, law in enumerate(laws):
             atoms, masses = (np.asarray(x, np.float64) for x in law)
-            assert atoms.shape == masses.shape == (60, 1 if name == "dqn" else atoms.shape[1])
+            assert atoms.shape == masses.shape == (60, 1 if name in ("dqn", "os_c51") else atoms.shape[1])
             np.testing.assert_allclose(masses.sum(1), 1, rtol=1e-5)
             assert (masses >= 0).all()
             for row in range(60):
@@ -440,7 +444,7 @@ def test_parameters_differ_from_seed_to_seed(started):
 @every_algorithm
 def test_targets_bootstrap_at_a_truncation_and_not_at_a_termination(name):
     settings = {"num_envs": 1, "steps_per_iteration": 1, "updates_per_iteration": 1, "num_steps": 1}
-    if name in ("c51", "rainbow"):
+    if name in ("c51", "os_c51", "rainbow"):
         settings |= {"v_min": -20.0, "v_max": 20.0}
     if name == "rainbow":
         settings |= {"initial_noise": 0.0}
@@ -499,7 +503,7 @@ def test_unknown_risks_are_refused(name, risk):
         small_agent(name, risk=risk)
 
 
-@pytest.mark.parametrize("name", ["c51", "rainbow"])
+@pytest.mark.parametrize("name", ["c51", "os_c51", "rainbow"])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -573,7 +577,7 @@ def test_presets_are_configurations(name):
 
 
 @pytest.mark.slow
-@every_algorithm
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "os_c51"])  # slower: a check of its own
 def test_learns_catch(name):
     """The best return is 1: every ball caught. The median of three seeds."""
     env, params = envs.make("Catch-bsuite")

@@ -1,0 +1,288 @@
+"""OS-C51: C51 with the law of one step, two-hot classification of DQN's target.
+
+Paper: "One-Step Distributional Reinforcement Learning", Achab, Alami, Djilali, Fedyanin, Moulines, TMLR 2023,
+arXiv 2304.14421.
+
+C51's target is the successor's whole law, so that what it converges to depends on which of several equally good actions
+the successor prefers. Here the successor is worth a number, its value, and what is learned is the law of one random
+step: reward plus discounted value of the state that is reached. Its mean is the return's, and its limit is unique, ties
+or not. The target is one point, split between its two neighbours on the support: classification by two-hot targets
+(Farebrother et al. 2024, arXiv 2403.03950).
+
+    support       z_i = v_min + i (v_max - v_min) / (num_atoms - 1),  Q(s, a) = sum over i of z_i softmax_i(s, a)
+    target        m = projection of all mass at r + gamma (1 - terminated) max over a' of Q_target(s', a')
+                  onto the support
+    loss          mean of -sum over i of m_i log softmax_i(s, a)
+    target copy   theta_target <- theta, once every `target_period` updates
+    acting        epsilon-greedy
+
+The law of one step is not that of the return: what is random later counts by its mean alone, so its variance is too
+small. Hence there is no `--risk`, and the agent predicts a mean, as DQN does. The same on tables, exactly:
+algorithms/dynamic_programming/one_step.py.
+
+Differences from the paper: rewards are not clipped (an Atari convention), so v_min and v_max belong to the environment:
+see the presets, `--probe-support`, and the metric `clipped_mass`, the share of targets that lie outside. The official
+code clips probabilities to [1e-5, 1 - 1e-5] before their logarithm; log-softmax needs no clipping. Evaluation without
+exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+
+Run:      python algorithms/value_based/os_c51.py --env-id CartPole-v1
+Expected: Catch-bsuite 0.7 of 1 and above within 40,000 steps: tests/algorithms/test_os_c51.py.
+"""
+
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_dist import experience, networks, policies, portable
+from jaxrl_dist.agent import (
+    Agent,
+    Count,
+    Fraction,
+    Layers,
+    NonNegative,
+    Positive,
+    Real,
+    check_replay,
+    configuration,
+    discrete_action_count,
+)
+from jaxrl_dist.distributional import categorical, law
+from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.experience import Batch, Experience
+from jaxrl_dist.interaction import Average, average
+
+# -- Configuration ----------------------------------------------------------------------------------------------------
+
+
+@configuration
+class Config:
+    """Settings of OS-C51. Floats can be swept within one compiled program."""
+
+    num_envs: Count = 8
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 2
+    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 5_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 100_000
+    """transitions kept for sampling"""
+    batch_size: Count = 64
+    """transitions per update"""
+    num_steps: Count = 1
+    """steps of reward in a target before it bootstraps"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    target_period: Count = 1_000
+    """updates between two copies of the network into the target network"""
+    learning_rate: NonNegative = 2.5e-4
+    """step size of Adam"""
+    adam_epsilon: Positive = 3.125e-4
+    """what Adam adds to its denominator"""
+    epsilon_start: Fraction = 1.0
+    """probability of a random action at the first step"""
+    epsilon_end: Fraction = 0.05
+    """probability of a random action from `exploration_steps` on"""
+    exploration_steps: Count = 50_000
+    """environment steps in which that probability falls, warm-up included"""
+
+    hidden: Layers = (128, 128)
+    """widths of the hidden layers, after the convolution if observations are images"""
+    num_atoms: Count = 51
+    """atoms of the support"""
+    v_min: Real = -10.0
+    """lowest atom, in units of the discounted return"""
+    v_max: Real = 10.0
+    """highest atom"""
+
+
+# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's.
+PRESETS = {
+    "CartPole-v1": {
+        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "target_period": 200, "learning_rate": 5e-4,
+        "v_min": 0.0, "v_max": 100.0,
+    },
+    "Acrobot-v1": {
+        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
+        "target_period": 200, "learning_rate": 5e-4,
+        "v_min": -100.0, "v_max": 0.0,
+    },
+    "Catch-bsuite": {
+        "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
+        "exploration_steps": 5_000, "hidden": (64, 64),
+        "v_min": -1.0, "v_max": 1.0, "num_atoms": 21,
+    },
+    "Breakout-MinAtar": {
+        "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
+        "hidden": (128,),
+        "v_min": 0.0, "v_max": 30.0,
+    },
+    "paper": {
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
+        "exploration_steps": 250_000, "hidden": (512,), "learning_rate": 2.5e-4,
+    },
+}  # fmt: skip
+
+# -- Networks ---------------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Logits of the atoms of every action, `[batch, *observation]` -> `[batch, actions, atoms]`."""
+
+    hidden: tuple[int, ...]
+    num_actions: int
+    num_atoms: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        features = networks.Torso(self.hidden[:-1], name="torso")(observation)
+        return networks.ActionHead(self.hidden[-1], self.num_actions, self.num_atoms, name="head")(features)
+
+
+# -- State ------------------------------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """What updates change."""
+
+    network: chex.ArrayTree
+    target_network: chex.ArrayTree
+    optimizer: optax.OptState
+    updates: jax.Array
+
+
+class State(NamedTuple):
+    """Everything that training needs to go on."""
+
+    learner: Learner
+    experience: Experience
+    env_steps: jax.Array
+    key: jax.Array
+
+
+# -- Losses and targets -----------------------------------------------------------------------------------------------
+
+
+def target_value(batch: Batch, next_values: jax.Array) -> jax.Array:
+    """Reward plus the successor's largest discounted value, DQN's target: values `[batch, actions]` -> `[batch]`."""
+    return batch.reward + batch.discount * next_values.max(-1)
+
+
+def target_masses(scalar_target: jax.Array, support: jax.Array) -> jax.Array:
+    """All mass at one value `[batch]`, projected onto the support `[atoms]`: two-hot, `[batch, atoms]`."""
+    return categorical.project(scalar_target[:, None], jnp.ones_like(scalar_target)[:, None], support)
+
+
+def loss_of(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the laws of the actions taken to their targets, both `[batch, atoms]`."""
+    return categorical.cross_entropy(target, logits).mean()
+
+
+# -- Agent ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(config: Config, env, env_params) -> Agent:
+    """OS-C51 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    num_actions = discrete_action_count(env, env_params)
+    check_replay(config)
+    network = Network(config.hidden, num_actions, config.num_atoms)
+    support = categorical.support(config.v_min, config.v_max, config.num_atoms)
+    adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    steps_per_iteration = config.num_envs * config.steps_per_iteration
+
+    def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
+        """One gradient step, and the copy into the target network when it is due."""
+        next_laws = jax.nn.softmax(network.apply(learner.target_network, batch.next_observation))
+        scalar_target = target_value(batch, (next_laws * support).sum(-1))
+        target = target_masses(scalar_target, support)
+
+        def objective(parameters):
+            logits = networks.at_action(network.apply(parameters, batch.observation), batch.action)
+            return loss_of(logits, target), (jax.nn.softmax(logits) * support).sum(-1)
+
+        (loss, values), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
+        changes, optimizer = adam.update(gradient, learner.optimizer)
+        parameters = optax.apply_updates(learner.network, changes)
+        updates = learner.updates + 1
+        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        metrics = {
+            "loss": loss, "value": values.mean(), "target": (target * support).sum(-1).mean(),
+            # With discount 0 any law lies at one point.
+            "clipped_mass": categorical.clipped_mass(
+                scalar_target, jnp.zeros_like(scalar_target), target, support
+            ).mean(),
+            "gradient_norm": optax.tree.norm(gradient),
+        }  # fmt: skip
+        return Learner(parameters, target_network, optimizer, updates), metrics
+
+    def init(key: jax.Array) -> State:
+        key, network_key, warmup_key = jax.random.split(key, 3)
+        parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
+        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=False,
+        )  # fmt: skip
+        return State(learner, filled, jnp.int32(warmup_steps), key)
+
+    def step(state: State) -> tuple[State, dict[str, Average]]:
+        def interact(state, _):
+            key, act_key, step_key = jax.random.split(state.key, 3)
+            action = explore(state, state.experience.interaction.observation, act_key)
+            lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
+            return State(state.learner, lived, state.env_steps + config.num_envs, key), episodes
+
+        def learn(state, _):
+            key, sample_key = jax.random.split(state.key)
+            batch = experience.sample_n_step(
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
+            )
+            learner, metrics = update(state.learner, batch)
+            return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
+
+        state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
+        return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
+
+    def action_values(state: State, observation: jax.Array) -> jax.Array:
+        return (jax.nn.softmax(network.apply(state.learner.network, observation)) * support).sum(-1)
+
+    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return action_values(state, observation).argmax(-1).astype(jnp.int32)
+
+    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        epsilon = policies.linear_schedule(
+            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
+        )
+        return policies.epsilon_greedy(key, action_values(state, observation), epsilon)
+
+    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return act(state, observation, key), jnp.zeros(observation.shape[0])
+
+    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
+        return law.equally_weighted(networks.at_action(action_values(state, observation), action)[:, None])
+
+    def export(state: State) -> dict[str, jax.Array]:
+        return portable.greedy_policy(state.learner.network["params"], num_actions, support=support)
+
+    return Agent(
+        init, step, act, target_policy, predict, export,
+        warmup_steps=warmup_steps,
+        steps_per_iteration=steps_per_iteration,
+        updates_per_iteration=config.updates_per_iteration,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    from jaxrl_dist import cli
+
+    cli.main(Config, make_agent, PRESETS)

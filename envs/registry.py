@@ -16,6 +16,8 @@ from jaxrl_dist.envs.bridge import Bridge, check_params
 from jaxrl_dist.envs.comb_lock import CombLock
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
+from jaxrl_dist.envs.stock import GENERATORS as WITH_STOCK
+from jaxrl_dist.envs.stock import StockAugmented
 from jaxrl_dist.envs.tabular import GENERATORS
 
 # Environments that cannot run, and why: `available` leaves them out, `make` says so.
@@ -54,7 +56,9 @@ def available() -> dict[str, list[str]]:
         "probe": ["probe"],
         "bridge": ["bridge"],
         "comb_lock": ["comb_lock"],
-        "tabular": list(GENERATORS),
+        "tabular": [*GENERATORS, *WITH_STOCK],
+        # Examples: `stock/` may stand before every id whose observations are vectors.
+        "stock": [f"stock/{name}" for name in (*WITH_STOCK, "bridge", "CartPole-v1")],
     }
     return {family: [i for i in ids if i not in UNAVAILABLE] for family, ids in families.items()}
 
@@ -70,7 +74,7 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     if env_id in UNAVAILABLE:
         raise ValueError(f"environment {env_id!r} is not available: {UNAVAILABLE[env_id]}")
     known = [i for ids in available().values() for i in ids]
-    if env_id not in known:
+    if env_id not in known and not env_id.startswith("stock/"):
         raise ValueError(f"environment {env_id!r} is unknown, {_nearest(env_id, known)}")
 
     if env_id == "probe":
@@ -81,8 +85,13 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         construct, arguments = Bridge, _arguments(Bridge)
     elif env_id == "comb_lock":
         construct, arguments = CombLock, _arguments(CombLock)
-    elif env_id in GENERATORS:
-        construct, arguments = GENERATORS[env_id], _arguments(GENERATORS[env_id])
+    elif env_id in GENERATORS | WITH_STOCK:
+        generator = (GENERATORS | WITH_STOCK)[env_id]
+        construct, arguments = generator, _arguments(generator)
+    elif env_id.startswith("stock/"):
+        arguments = {k: v for k, v in _arguments(StockAugmented).items() if k not in ("env", "env_params")}
+        inner = make(env_id.removeprefix("stock/"), **{k: v for k, v in options.items() if k not in arguments})
+        construct, options = partial(StockAugmented, *inner), {k: v for k, v in options.items() if k in arguments}
     elif env_id.startswith("brax/"):
         construct, arguments = _brax(env_id.removeprefix("brax/"), options.get("backend"))
     else:

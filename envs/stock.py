@@ -148,8 +148,9 @@ class StockAugmented(environment.Environment[StockState, StockParams]):
         inner = self.env.observation_space(self._params.inner if params is None else params.inner)
         low = getattr(inner, "low", -np.inf), -np.inf
         high = getattr(inner, "high", np.inf), np.inf
-        low, high = (np.append(np.broadcast_to(bound, inner.shape), last) for bound, last in (low, high))
-        return spaces.Box(low.astype(np.float32), high.astype(np.float32), (inner.shape[0] + 1,))
+        # The bounds of some environments are parameters, and so may be traced.
+        low, high = (jnp.append(jnp.broadcast_to(bound, inner.shape), last) for bound, last in (low, high))
+        return spaces.Box(low.astype(jnp.float32), high.astype(jnp.float32), (inner.shape[0] + 1,))
 
 
 def _append(observation: jax.Array, stock: jax.Array) -> jax.Array:

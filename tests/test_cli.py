@@ -58,6 +58,7 @@ def test_help_lists_every_option_with_meaning_and_default(name):
         (["--sweep.learning-rate", "1"], "--sweep.learning-rate is no field"),
         (["--sweep.discount", "1:0:3"], "--sweep.discount is 1:0:3, an empty range"),
         (["--sweep-samples", "3"], "need --sweep.FIELD"),
+        (["--devices", "99"], "--devices is 99; it must be all or a number from 1 to"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path):
@@ -67,6 +68,16 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
     assert "compiling" not in done.stdout
     assert not any(tmp_path.iterdir())
+
+
+def test_a_file_without_training_is_run_the_same_way():
+    done = run("-m", "jaxrl_dist", "train", "robust_risk", "--rounds", "2", "--iterations", "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "safe" in done.stdout
+    done = run("algorithms/dynamic_programming/robust_risk.py", "--alpha", "2")
+    assert done.returncode == 2
+    assert "--alpha is 2.0; it must be" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_list_doctor_and_unknown_algorithm():

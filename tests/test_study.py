@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -112,6 +114,25 @@ def test_a_stopped_study_goes_on_and_equals_the_uninterrupted_one(finished, tmp_
     expected = pd.read_csv(finished[0] / "results.csv").query("num_quantiles == 3").drop(columns=["seconds"])
     expected = expected.replace({"configuration": {2: 1}}).reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv")[expected.columns], expected, check_exact=True)
+
+
+def train_on_devices(folder: str) -> None:
+    """The same study on one device and on all of them; runs in a process that has eight."""
+    for devices in ("1", "all"):
+        train(Path(folder) / devices, GRID[::2], num_seeds=4, devices=devices, runs_mode="map")
+
+
+def test_eight_devices_give_the_study_of_one(tmp_path):
+    code = f"import test_study; test_study.train_on_devices({str(tmp_path)!r})"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=600)
+    one, eight = (tmp_path / devices / "tqc" / "Pendulum-v1" / "some" for devices in ("1", "all"))
+    used = [recording.read_config(study_folder / "wave_00")["num_devices"] for study_folder in (one, eight)]
+    assert used == [1, 8]
+    columns = [name for name in pd.read_csv(one / "results.csv") if name != "seconds"]
+    results = [pd.read_csv(study_folder / "results.csv")[columns] for study_folder in (one, eight)]
+    assert len(results[0].groupby(["configuration", "seed"])) == 8
+    pd.testing.assert_frame_equal(*results, check_exact=True)  # one run after another: bit for bit
 
 
 def test_every_configuration_is_checked_before_anything_compiles(tmp_path, monkeypatch):

@@ -54,7 +54,6 @@ from jaxrl_dist.agent import (
 )
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.envs import stock as stock_of
 from jaxrl_dist.experience import Batch, Experience
 from jaxrl_dist.interaction import Average, average
 
@@ -173,7 +172,7 @@ def with_stock(batch: Batch, stock: jax.Array) -> Batch:
 
     The stock after them follows from reward and discount of all their steps; after a termination it plays no part.
     """
-    after = stock_of.stock_after(stock, batch.reward, jnp.where(batch.discount > 0, batch.discount, 1))
+    after = (stock + batch.reward) / jnp.where(batch.discount > 0, batch.discount, 1)
     return batch._replace(
         observation=batch.observation.at[:, -1].set(stock),
         next_observation=batch.next_observation.at[:, -1].set(after),
@@ -200,6 +199,8 @@ def checked_discount(config: Config, env, env_params) -> float | jax.Array:
     Where one of the two is traced, and so unknown before the run, gamma is not a number if they differ: that stops the
     run, where a stock of another gamma would go unseen.
     """
+    from jaxrl_dist.envs import stock as stock_of  # here, since gymnax starts JAX before the command line sets it up
+
     require(
         isinstance(env, stock_of.StockAugmented),
         f"--env-id is {env.name}, which has no stock; this algorithm needs stock/{env.name} (envs/stock.py)",
@@ -217,6 +218,8 @@ def checked_discount(config: Config, env, env_params) -> float | jax.Array:
 
 def make_agent(config: Config, env, env_params) -> Agent:
     """D-eta-N on one environment; called inside the trace, so that the floats of `config` may be tracers."""
+    from jaxrl_dist.envs import stock as stock_of  # here, as above
+
     num_actions = discrete_action_count(env, env_params)
     check_replay(config)
     stock_of.check_utility(config.utility)

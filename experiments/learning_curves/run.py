@@ -35,6 +35,12 @@ DOUBLE_PENDULUM = HOPPER | {"num_envs": 4, "warmup_steps": 2_000, "batch_size": 
 DETERMINISTIC = {name: value for name, value in DOUBLE_PENDULUM.items() if name != "temperature_learning_rate"}
 # The two with a delayed actor move it once per round of two updates, DSAC-T with the settings that small networks need.
 DELAYED = DOUBLE_PENDULUM | {"steps_per_iteration": 1, "activation": "relu", "polyak": 0.005}
+BALANCING = {
+    "sac": DOUBLE_PENDULUM, "tqc": DOUBLE_PENDULUM, "stac": DOUBLE_PENDULUM, "dsac": DELAYED, "dsac_t": DELAYED,
+    "td3": DETERMINISTIC | {"steps_per_iteration": 1}, "ddpg": DETERMINISTIC,
+    # Rewards are at most 10 a step. With the others' step size its actor saturates.
+    "d4pg": DETERMINISTIC | {"actor_learning_rate": 3e-4, "v_min": 0.0, "v_max": 1_000.0},
+}  # fmt: skip
 # The value-based family takes its presets, which differ in nothing but the representation of the return.
 VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow")}
 ACTOR_CRITIC = {name: {} for name in ("tqc", "sac", "td3", "ddpg", "d4pg", "dsac", "dsac_t", "stac")}
@@ -47,12 +53,7 @@ SETTINGS = {
     "brax/hopper": {"total_steps": 100_000, "algorithms": {"sac": HOPPER, "tqc": HOPPER}},
     "brax/inverted_double_pendulum": {
         "total_steps": 30_000,
-        "algorithms": {
-            "sac": DOUBLE_PENDULUM, "tqc": DOUBLE_PENDULUM, "stac": DOUBLE_PENDULUM, "dsac": DELAYED, "dsac_t": DELAYED,
-            "td3": DETERMINISTIC | {"steps_per_iteration": 1}, "ddpg": DETERMINISTIC,
-            # Rewards are at most 10 a step. With the others' step size its actor saturates.
-            "d4pg": DETERMINISTIC | {"actor_learning_rate": 3e-4, "v_min": 0.0, "v_max": 1_000.0},
-        },
+        "algorithms": BALANCING,
     },
 }
 

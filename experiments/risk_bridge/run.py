@@ -40,7 +40,7 @@ LEARNING_RATES = (3e-3, 2e-3, 1e-3, 1e-3, 5e-4, 3e-4)
 # Exploration does not end, so that every lane stays in the replay, which keeps everything.
 REWARDS = {"step_costs": (0.24, 0.18, 0.02), "climb_cost": 0.2, "fall_cost": 1.0, "goal_reward": 1.0}
 COMMON = {
-    "warmup_steps": 2_000, "replay_capacity": 105_000, "batch_size": 128, "target_period": 100,
+    "warmup_steps": 2_000, "replay_capacity": 150_000, "batch_size": 128, "target_period": 100,
     "exploration_steps": 20_000, "epsilon_end": 0.3, "hidden": (64, 64), "kappa": 0.1,
 }  # fmt: skip
 SETTINGS = {
@@ -50,7 +50,7 @@ SETTINGS = {
 
 
 def main(
-    algorithms: tuple[str, ...] = tuple(SETTINGS), num_seeds: int = 6, total_steps: int = 105_000,
+    algorithms: tuple[str, ...] = tuple(SETTINGS), num_seeds: int = 6, total_steps: int = 150_000,
     episodes: int = 4_000, out: Path = HERE,
 ) -> None:  # fmt: skip
     """Train every agent on every risk measure and write the table and the picture.

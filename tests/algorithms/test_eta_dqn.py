@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import re
+import subprocess
+import sys
 
 import by_hand
 import gymnax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import evaluation, interaction, training
+from jaxrl_dist import evaluation, interaction, portable, training
 from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.value_based import eta_dqn
 from jaxrl_dist.envs import stock
@@ -249,6 +251,28 @@ def test_the_policy_maximises_the_utility_of_the_predicted_laws(utility, started
     np.testing.assert_array_equal(bonus, np.zeros(60))
     exported = agent.export(state)
     assert (str(exported["utility"]), float(exported["stock_scale"])) == (utility, 3.0)
+
+
+@pytest.mark.parametrize("hidden", [(12, 9), (9,)], ids=["two_layers", "one_layer"])
+def test_exported_policy_is_the_evaluation_policy(hidden, tmp_path):
+    agent, _ = small_agent(hidden=hidden)
+    state = larger_weights(by_hand.quick(agent.init)(jax.random.key(1)))
+    observation = 2 * jax.random.normal(jax.random.key(5), (60, 4)) * jnp.array([1, 1, 1, 3.0])
+    for utility in UTILITIES:
+        agent, _ = small_agent(hidden=hidden, utility=utility)
+        portable.save_policy(tmp_path / "policy.npz", agent.export(state))
+        exported = portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation))
+        np.testing.assert_array_equal(exported, agent.act(state, observation, jax.random.key(0)), err_msg=utility)
+
+
+def test_importing_the_agent_does_not_start_jax():
+    """The command line sets up JAX's devices after the import."""
+    code = (
+        "from jaxrl_dist.algorithms.value_based import eta_dqn; from jax._src import xla_bridge; "
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_stock_matters_to_utilities_alone(started):

@@ -14,7 +14,7 @@ from jaxrl_dist.envs import available, make, rescale_actions
 
 def test_available_lists_every_family():
     families = available()
-    assert set(families) == {"gymnax", "brax", "probe", "bridge", "comb_lock", "tabular"}
+    assert set(families) == {"gymnax", "brax", "probe", "bridge", "comb_lock", "tabular", "stock"}
     assert set(registered_envs) - set(families["gymnax"]) == {"MNISTBandit-bsuite"}
     assert len(families["brax"]) == 12
     assert "brax/hopper" in families["brax"]
@@ -188,6 +188,21 @@ def test_identity_where_bounds_are_plus_minus_one_or_actions_are_discrete():
 def test_unknown_names_suggest_the_nearest(wrong, suggestion):
     with pytest.raises(ValueError, match=rf"environment '{wrong}' is unknown, nearest: .*{suggestion}"):
         make(wrong)
+
+
+def test_stock_stands_before_any_environment_with_vectors():
+    env, params = make("stock/bridge", lowest_stock="-10", highest_stock=15, discount=0.9, fall_cost=3.0)
+    assert (env.name, params.inner.fall_cost, params.max_steps_in_episode) == ("stock/bridge", 3.0, 7)
+    assert (params.lowest_stock, params.highest_stock, params.discount) == (-10.0, 15.0, 0.9)
+    for env_id in available()["stock"]:
+        env, params = make(env_id)
+        assert env.reset(jax.random.key(0), params)[0].shape == env.observation_space(params).shape
+    with pytest.raises(ValueError, match="environment 'CartPol' is unknown, nearest: CartPole-v1"):
+        make("stock/CartPol")
+    with pytest.raises(ValueError, match="a stock can be added to vectors only"):
+        make("stock/Breakout-MinAtar")
+    with pytest.raises(ValueError, match="option 'size' of environment 'gamble' is unknown"):
+        make("stock/gamble", size=3)
 
 
 def test_a_name_like_no_other():

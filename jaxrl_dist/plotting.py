@@ -24,13 +24,19 @@ INK, FAINT, GRID = "#1F2328", "#6B7280", "#E5E7EB"
 
 
 def learning_curve(
-    frames: Mapping[str, pd.DataFrame], path: Path | None = None, *, title: str, metric: str = "evaluation_return"
+    frames: Mapping[str, pd.DataFrame],
+    path: Path | None = None,
+    *,
+    title: str,
+    metric: str = "evaluation_return",
+    linear_up_to: float | None = None,
 ) -> Figure:
     """Interquartile mean over seeds against env steps, with the 95 % bootstrap interval, one curve per run.
 
     frames: label of a run to its `read_metrics`; log points without the metric are left out. A single run shows its
     seeds as thin lines too; a log point with one seed has no interval. path: where to save (the suffix names the
-    format), None only returns the figure. Raises ValueError when a frame has no such metric or no value of it.
+    format), None only returns the figure. linear_up_to: beyond this magnitude the metric's axis is logarithmic. Raises
+    ValueError when a frame has no such metric or no value of it.
     """
     if not frames:
         raise ValueError("frames is empty: there is nothing to draw")
@@ -58,6 +64,8 @@ def learning_curve(
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("environment steps")
     axes.set_ylabel(metric.replace("_", " "))
+    if linear_up_to is not None:
+        axes.set_yscale("symlog", linthresh=linear_up_to)
     if len(curves) > 1:
         _label_ends(axes, ends)
     counts = sorted({int(count) for curve in curves.values() for count in curve.notna().sum(axis=1)})
@@ -238,24 +246,23 @@ def _title(axes: Axes, title: str, note: str) -> None:
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each label right of the axes in its curve's colour, moved as little as it takes not to overlap."""
+    axes.set_ylim(axes.get_ylim())  # heights below are parts of the axes as they are now
+    to_part = axes.transData + axes.transAxes.inverted()
     ends = sorted(ends, key=lambda end: end[1])
-    low, high = axes.get_ylim()
-    gap = 0.06 * (high - low)
+    gap = 0.06
     # With the gaps taken out, the nearest heights in the right order are an isotonic regression: pool what is reversed.
     pools: list[list[float]] = []
-    for rank, (_, height, _, _) in enumerate(ends):
-        pools.append([height - rank * gap])
+    for rank, (step, height, _, _) in enumerate(ends):
+        pools.append([to_part.transform((step, height))[1] - rank * gap])
         while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
             pools[-2:] = [pools[-2] + pools[-1]]
     heights = np.concatenate([[np.mean(pool)] * len(pool) for pool in pools]) + gap * np.arange(len(ends))
-    right = axes.get_xlim()[1]
-    beside = right + 0.025 * (right - axes.get_xlim()[0])
-    for (step, height, label, colour), y in zip(ends, heights, strict=True):
+    for (step, height, label, colour), part in zip(ends, heights, strict=True):
         axes.annotate(
             label,
             xy=(step, height),
-            xytext=(beside, y),
-            textcoords="data",
+            xytext=(1.025, part),
+            textcoords="axes fraction",
             color=colour,
             fontsize=10,
             fontweight="bold",

@@ -190,7 +190,9 @@ def summarise(folder: Path, environment: str, reward_scale: float) -> None:
             frames[frame.agent.iloc[0].upper()] = frame
     title = environment if reward_scale == 1 else f"{environment}, rewards times {reward_scale:g}"
     for metric in METRICS:
-        plotting.learning_curve(frames, folder / f"{metric}.png", title=title, metric=metric)
+        # Errors fall by orders of magnitude; what remains at the end is what agents differ in.
+        linear_up_to = None if metric == "coverage" else 10.0
+        plotting.learning_curve(frames, folder / f"{metric}.png", title=title, metric=metric, linear_up_to=linear_up_to)
     rows = []
     for label, frame in frames.items():
         last = frame[frame.env_steps.isin(np.unique(frame.env_steps)[-3:])].groupby("seed").mean(numeric_only=True)

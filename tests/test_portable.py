@@ -109,8 +109,9 @@ def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
     """Both do what `act` does, for random weights, which need no training."""
     module = cli.find_algorithm(name.split()[0])
     env_id, preset = ("Breakout-MinAtar", {}) if "images" in name else next(iter(module.PRESETS.items()))
-    env, params = envs.make(env_id)
-    config = module.Config(**split_preset(preset)[1])
+    of_the_run, of_the_algorithm = split_preset(preset)
+    env, params = envs.make(env_id, **dict(pair.split("=", 1) for pair in of_the_run.get("env_options", ())))
+    config = module.Config(**of_the_algorithm)
     agent = module.make_agent(dataclasses.replace(config, warmup_steps=1_000, replay_capacity=1_000), env, params)
     generator = np.random.default_rng(0)
 

@@ -24,7 +24,7 @@ embedding is merged before the last hidden layer; rewards are not clipped (an At
 exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 The loss counts the target's atoms equally, as the paper's does, though their masses differ once the fractions have
-moved. The discount adds that bias up: keep `--fraction-learning-rate` small (0 holds the fractions even).
+moved, and the discount adds that bias up. Acrobot is solved with `--fraction-learning-rate 0`, which holds them even.
 
 Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
 Expected: CartPole-v1 about 470 of 500 within 500,000 steps, with relapses: experiments/learning_curves.

@@ -33,6 +33,7 @@ import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
 
+from jaxrl_dist.agent import require
 from jaxrl_dist.distributional.tabular import mdp_from_outcomes
 from jaxrl_dist.envs.tabular import MOVES, Tabular
 
@@ -53,7 +54,7 @@ UTILITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 def check_utility(utility: str) -> None:
     """Raise ValueError for a name that is not in `UTILITIES`."""
-    _require(utility in UTILITIES, f"--utility is {utility!r}; it must be one of {', '.join(UTILITIES)}")
+    require(utility in UTILITIES, f"--utility is {utility!r}; it must be one of {', '.join(UTILITIES)}")
 
 
 def stock_after(stock: jax.Array, reward: jax.Array, discount: jax.Array | float) -> jax.Array:
@@ -100,7 +101,7 @@ class StockAugmented(environment.Environment[StockState, StockParams]):
     ) -> None:
         super().__init__()
         shape = env.observation_space(env_params).shape
-        _require(
+        require(
             len(shape) == 1,
             f"--env-id is stock/{env.name}, but the observations of {env.name} have shape {shape}; "
             "a stock can be added to vectors only",
@@ -163,17 +164,12 @@ def check_params(params: StockParams) -> None:
     if any(isinstance(number, jax.core.Tracer) for number in numbers):
         return
     discount, low, high = map(np.asarray, numbers)
-    _require(bool(np.all((discount > 0) & (discount <= 1))), f"discount is {params.discount}, allowed: in (0, 1]")
-    _require(
+    require(bool(np.all((discount > 0) & (discount <= 1))), f"discount is {params.discount}, allowed: in (0, 1]")
+    require(
         bool(np.all(np.isfinite(low) & np.isfinite(high) & (low <= high))),
         f"lowest_stock is {params.lowest_stock} and highest_stock {params.highest_stock}, allowed: finite numbers, the "
         "first not above the second",
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 # -- processes in which the stock matters -----------------------------------------------------------------------------
@@ -202,8 +198,8 @@ def shortcut(rows: Sequence[str] = SHORTCUT, chance: float = 0.1, penalty: float
     cells = [cell for cell, mark in text.items() if mark not in "#G"]
     number = {cell: index for index, cell in enumerate(cells)}
     start = [float(text[cell] == "S") for cell in cells]
-    _require(sum(start) == 1 and "G" in text.values(), "rows have no 'S', several or no 'G', allowed: one 'S', a 'G'")
-    _require(0 <= chance <= 1, f"chance is {chance}, allowed: a probability, 0 to 1")
+    require(sum(start) == 1 and "G" in text.values(), "rows have no 'S', several or no 'G', allowed: one 'S', a 'G'")
+    require(0 <= chance <= 1, f"chance is {chance}, allowed: a probability, 0 to 1")
 
     def outcomes(cell: tuple[int, int], move: tuple[int, int]) -> list[tuple[float, int, float, bool]]:
         following = (cell[0] + move[0], cell[1] + move[1])

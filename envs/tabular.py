@@ -24,6 +24,7 @@ import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
 
+from jaxrl_dist.agent import require
 from jaxrl_dist.distributional.tabular import MDP, mdp_from_outcomes
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def coin() -> Tabular:
 
 def random_walk(length: int = 5) -> Tabular:
     """States in a row, steps to either side with equal chances; the right exit pays 1. Starts in the middle."""
-    _require(length >= 1, f"length is {length}, allowed: 1 and above")
+    require(length >= 1, f"length is {length}, allowed: 1 and above")
 
     def step(to: int):
         return (0.5, min(max(to, 0), length - 1), float(to == length), not 0 <= to < length)
@@ -126,8 +127,8 @@ def cliff(width: int = 6, height: int = 4, wind: float = 0.1, fall_cost: float =
 
     wind: the probability that a step goes down instead, towards the cliff.
     """
-    _require(width >= 3 and height >= 2, f"width is {width} and height {height}, allowed: 3 and 2 and above")
-    _require(0 <= wind <= 1, f"wind is {wind}, allowed: a probability, 0 to 1")
+    require(width >= 3 and height >= 2, f"width is {width} and height {height}, allowed: 3 and 2 and above")
+    require(0 <= wind <= 1, f"wind is {wind}, allowed: a probability, 0 to 1")
     bottom, goal = height - 1, (height - 1, width - 1)
     cells = [(r, c) for r in range(height) for c in range(width) if r < bottom or c == 0]
 
@@ -150,7 +151,7 @@ def windy_grid(random_wind: float = 1 / 3) -> Tabular:
 
     random_wind: probability that a column which blows does so by one cell more, and that it does so by one less.
     """
-    _require(0 <= random_wind <= 0.5, f"random_wind is {random_wind}, allowed: 0 to 0.5")
+    require(0 <= random_wind <= 0.5, f"random_wind is {random_wind}, allowed: 0 to 0.5")
     strength, goal = (0, 0, 0, 1, 1, 1, 2, 2, 1, 0), (3, 7)
     cells = [(r, c) for r in range(7) for c in range(10) if (r, c) != goal]
 
@@ -173,7 +174,7 @@ def deep_sea(size: int = 8, step_cost: float = 0.01) -> Tabular:
 
     Each step to the right costs step_cost / size.
     """
-    _require(size >= 2, f"size is {size}, allowed: 2 and above")
+    require(size >= 2, f"size is {size}, allowed: 2 and above")
     cells = [(row, column) for row in range(size) for column in range(row + 1)]
     number = {cell: index for index, cell in enumerate(cells)}
 
@@ -195,9 +196,9 @@ def garnet(
 
     end_probability: that a step ends the episode.
     """
-    _require(1 <= branching <= states, f"branching is {branching}, allowed: 1 to states = {states}")
-    _require(actions >= 1, f"actions is {actions}, allowed: 1 and above")
-    _require(0 <= end_probability <= 1, f"end_probability is {end_probability}, allowed: 0 to 1")
+    require(1 <= branching <= states, f"branching is {branching}, allowed: 1 to states = {states}")
+    require(actions >= 1, f"actions is {actions}, allowed: 1 and above")
+    require(0 <= end_probability <= 1, f"end_probability is {end_probability}, allowed: 0 to 1")
     rng = np.random.default_rng(seed)
 
     def outcomes():
@@ -218,12 +219,12 @@ def maze(rows: Sequence[str] = SMALL_MAZE, slip: float = 0.0) -> Tabular:
 
     slip: the probability that a step goes to one of the two sides instead, evenly.
     """
-    _require(len({len(row) for row in rows}) == 1, "rows have different lengths, allowed: one length")
-    _require(0 <= slip <= 1, f"slip is {slip}, allowed: a probability, 0 to 1")
+    require(len({len(row) for row in rows}) == 1, "rows have different lengths, allowed: one length")
+    require(0 <= slip <= 1, f"slip is {slip}, allowed: a probability, 0 to 1")
     text = {(r, c): mark for r, row in enumerate(rows) for c, mark in enumerate(row)}
     cells = [cell for cell, mark in text.items() if mark not in "#G"]
     starts = [cell for cell, mark in text.items() if mark == "S"]
-    _require(bool(starts) and "G" in text.values(), "rows have no 'S' or no 'G', allowed: at least one of each")
+    require(bool(starts) and "G" in text.values(), "rows have no 'S' or no 'G', allowed: at least one of each")
 
     def arrive(cell, move):
         following = (cell[0] + move[0], cell[1] + move[1])
@@ -251,11 +252,6 @@ def _grid(cells: list, outcomes: Callable, start: Mapping, name: str) -> Tabular
         for cell in cells
     ]
     return Tabular(mdp_from_outcomes(table), [start.get(cell, 0.0) for cell in cells], cells, name)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 # -- picture ----------------------------------------------------------------------------------------------------------

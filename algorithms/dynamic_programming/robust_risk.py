@@ -92,10 +92,7 @@ def slice_weights(law: Law, fractions: jax.Array) -> jax.Array:
     """
     atoms, masses = jnp.broadcast_arrays(*law)
     order = jnp.argsort(atoms, axis=-1)
-    upper = jnp.cumsum(jnp.take_along_axis(masses, order, axis=-1), axis=-1)
-    lower = jnp.concatenate([jnp.zeros_like(upper[..., :1]), upper[..., :-1]], axis=-1)
-    shared = jnp.minimum(upper[..., None, :], fractions[1:, None])
-    shared = jnp.maximum(shared - jnp.maximum(lower[..., None, :], fractions[:-1, None]), 0)
+    shared = tabular.slice_masses(jnp.take_along_axis(masses, order, axis=-1), fractions)
     back = jnp.argsort(order, axis=-1)
     shared = jnp.take_along_axis(shared, back[..., None, :], axis=-1)
     return shared / shared.sum(-1, keepdims=True)

@@ -253,17 +253,22 @@ def to_averages(fractions: jax.Array) -> Projection:
 
     def project(law: Law, key: jax.Array) -> Law:
         atoms, weights = laws.sort(law)
-        upper = jnp.cumsum(weights, axis=-1)
-        lower = upper - weights
-        # Of each atom, the mass that lies between two neighbouring fractions.
-        shared = jnp.minimum(upper[..., None, :], fractions[1:, None]) - jnp.maximum(
-            lower[..., None, :], fractions[:-1, None]
-        )
-        shared = jnp.maximum(shared, 0)
+        shared = slice_masses(weights, fractions)
         averages = (shared * atoms[..., None, :]).sum(-1) / shared.sum(-1)
         return Law(averages, jnp.broadcast_to(masses, averages.shape))
 
     return project
+
+
+def slice_masses(masses: jax.Array, fractions: jax.Array) -> jax.Array:
+    """Of each atom, the mass between two neighbouring fractions: masses `[..., m]` of ascending atoms and fractions
+    `[n + 1]` -> `[..., n, m]`."""
+    upper = jnp.cumsum(masses, axis=-1)
+    lower = upper - masses
+    shared = jnp.minimum(upper[..., None, :], fractions[1:, None]) - jnp.maximum(
+        lower[..., None, :], fractions[:-1, None]
+    )
+    return jnp.maximum(shared, 0)
 
 
 def to_moments(law: Law, key: jax.Array) -> Law:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_dist import interaction, normalization, replay, returns
+from jaxrl_dist.devices import split_rows
 from jaxrl_dist.interaction import Average, Interaction, Transition
 from jaxrl_dist.normalization import RunningStatistics
 from jaxrl_dist.replay import Replay
@@ -65,11 +66,17 @@ def collect(
 
 def sample(experience: Experience, key: jax.Array, batch_size: int) -> Transition:
     """A batch of stored transitions, both observations normalised by the present statistics."""
-    batch = replay.sample(experience.replay, key, batch_size)
+    batch = split_rows(replay.sample(experience.replay, key, batch_size))
     return batch._replace(
         observation=normalization.normalize(experience.normalizer, batch.observation),
         next_observation=normalization.normalize(experience.normalizer, batch.next_observation),
     )
+
+
+def sample_batches(experience: Experience, key: jax.Array, batches: int, batch_size: int) -> Transition:
+    """As many transitions as `batches` batches have, drawn at once: leaves `[batches, batch_size, ...]`."""
+    rows = sample(experience, key, batches * batch_size)
+    return split_rows(jax.tree.map(lambda x: x.reshape(batches, batch_size, *x.shape[1:]), rows), axis=1)
 
 
 def sample_n_step(
@@ -96,7 +103,7 @@ def batch_at(experience: Experience, indices: jax.Array, *, num_steps: int, gamm
             rows.observation[start], rows.action[start], window.reward, window.discount, rows.next_observation[last]
         )
 
-    batch = replay.in_halves(read, indices)
+    batch = split_rows(replay.in_halves(read, indices))
     return batch._replace(
         observation=normalization.normalize(experience.normalizer, batch.observation),
         next_observation=normalization.normalize(experience.normalizer, batch.next_observation),

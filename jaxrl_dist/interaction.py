@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_dist.devices import split_rows
 from jaxrl_dist.keys import is_key
 
 
@@ -51,7 +52,7 @@ def average(values: jax.Array, where: jax.Array | None = None) -> Average:
 def start(env, env_params, key: jax.Array, num_envs: int) -> Interaction:
     """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`."""
     observation, environment = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
-    environment, observation = strengthen((environment, observation))
+    environment, observation = split_rows(strengthen((environment, observation)))
     return Interaction(environment, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
 
 
@@ -67,8 +68,8 @@ def step(
         jax.random.split(key, num_envs), interaction.environment, action, env_params
     )
     # The loop's carry must keep its types; some environments change them between reset and step.
-    environment, observation = jax.tree.map(
-        _cast_like, (environment, observation), (interaction.environment, interaction.observation)
+    environment, observation = split_rows(
+        jax.tree.map(_cast_like, (environment, observation), (interaction.environment, interaction.observation))
     )
     reward = jnp.asarray(reward, jnp.float32)
     terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_dist import doctor, evaluation, interaction, training
-from jaxrl_dist.agent import Count, Natural, check_configuration, require
+from jaxrl_dist.agent import Count, Natural, check_configuration, option, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class RunOptions:
     """what to run on; stops if it is not there"""
     devices: str = "all"
     """devices of that kind over which runs are spread, evenly: all, or at most so many"""
+    data_parallel: bool = False
+    """split the environments and batches of every run over the devices, instead of spreading runs over them"""
     runs_mode: training.RunsMode = "auto"
     """how the seeds of one device run: vmap (together) or map (one after another, bit for bit as if alone)"""
     plots: bool = True
@@ -110,6 +112,8 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
         config = dataclasses.replace(config, replay_capacity=max(options.total_steps, config.warmup_steps))
     if options.probe_support != "off":
         config = _with_probed_support(config, env, env_params, options)
+    if options.data_parallel:
+        _check_data_parallel(config, device_count(options))
     agent = make_agent(config, env, env_params)
     training.iterations_for(agent, options.total_steps)
     evaluation.episode_limit(env_params, options.eval_max_steps)
@@ -130,6 +134,16 @@ def device_count(options: RunOptions) -> int:
         f"--devices is {options.devices}; it must be all or a number from 1 to {there}, the devices that there are",
     )
     return there if options.devices == "all" else int(options.devices)
+
+
+def _check_data_parallel(config: Any, devices: int) -> None:
+    for field in ("num_envs", "batch_size"):
+        rows = getattr(config, field)
+        require(
+            rows % devices == 0,
+            f"{option(field)} is {rows}; with --data-parallel it must be a multiple of the {devices} devices over "
+            "which it is split (--devices says how many)",
+        )
 
 
 def _with_probed_support(config: Any, env, env_params, options: RunOptions) -> Any:

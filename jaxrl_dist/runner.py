@@ -64,7 +64,7 @@ def make_programs(problem: Problem) -> training.Programs:
     return training.Programs(
         problem.make_agent, problem.config, problem.env, problem.env_params,
         num_runs=options.num_seeds * max(1, len(problem.configurations)), max_devices=device_count(options),
-        runs_mode=options.runs_mode,
+        runs_mode=options.runs_mode, data_parallel=options.data_parallel,
         eval_episodes=options.eval_episodes, eval_max_steps=options.eval_max_steps,
         eval_states=options.eval_states, eval_rollouts=options.eval_rollouts,
     )  # fmt: skip
@@ -137,7 +137,8 @@ class _Session:
     def _print_plan(self) -> None:
         options, agent, programs = self.options, self.agent, self.programs
         abstract = programs.abstract_training
-        total, replay = bytes_of(abstract), bytes_of(abstract.state.experience.replay)
+        copies = programs.num_devices if options.data_parallel else 1
+        total, replay = copies * bytes_of(abstract), copies * bytes_of(abstract.state.experience.replay)
         ratio = agent.updates_per_iteration / agent.steps_per_iteration
         table = Table.grid(padding=(0, 2))
         rows = {

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_dist import evaluation
 from jaxrl_dist.agent import Agent, ConfigurationError
+from jaxrl_dist.devices import DATA
 from jaxrl_dist.keys import is_key
 
 RunsMode = Literal["auto", "vmap", "map"]
@@ -141,7 +142,8 @@ class Programs:
     """Compiled pieces of training over the `runs` axis: `begin`, `advance`, `take_metrics`, `evaluate`,
     `calibrate`.
 
-    Runs are spread over as many devices as divide their number. On one device they are vmapped (accelerators, and
+    Runs are spread over as many devices as divide their number, or, with `data_parallel`, all devices work on every
+    run, each on its part of the environments and batches. On one device they are vmapped (accelerators, and
     narrow networks on CPU) or done one after another (wide networks on CPU, where a batched matrix product is slower
     than several plain ones; results are then those of the run alone, bit for bit).
     """
@@ -156,6 +158,7 @@ class Programs:
         num_runs: int,
         max_devices: int | None = None,
         runs_mode: RunsMode = "auto",
+        data_parallel: bool = False,
         eval_episodes: int = 10,
         eval_max_steps: int = 0,
         eval_states: int = 0,
@@ -164,9 +167,12 @@ class Programs:
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`."""
         self.num_runs = num_runs
         devices = jax.devices()[:max_devices]
-        self.num_devices = max(n for n in range(1, min(num_runs, len(devices)) + 1) if num_runs % n == 0)
-        mesh = jax.make_mesh((self.num_devices,), ("runs",), (AxisType.Auto,), devices=devices[: self.num_devices])
-        self.sharding = NamedSharding(mesh, PartitionSpec("runs"))
+        spread = max(n for n in range(1, min(num_runs, len(devices)) + 1) if num_runs % n == 0)
+        self.num_devices = len(devices) if data_parallel else spread
+        axis = DATA if data_parallel else "runs"
+        mesh = jax.make_mesh((self.num_devices,), (axis,), (AxisType.Auto,), devices=devices[: self.num_devices])
+        # Where an array with the axis `runs` lies: split by runs, or whole on every device.
+        self.sharding = NamedSharding(mesh, PartitionSpec() if data_parallel else PartitionSpec("runs"))
         self.configs = self._spread(configs)
         self.compiled = False
         # The first run's agent, for sizes and names: with the floats of all runs its shapes would not fit.
@@ -201,26 +207,40 @@ class Programs:
             )  # fmt: skip
             return evaluation.calibration(found)
 
-        def program(function, arguments: int, shared: int = 0, donate: bool = False):
+        def program(function, arguments: int, shared: int = 0, donate: bool = False, out: Any = self.sharding):
             over_runs = functools.partial(_over_runs, function, self.runs_mode, shared, donate)
+            if data_parallel:
+
+                def split_over_devices(*arguments):
+                    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                        return over_runs(*arguments)
+
+                return jax.jit(split_over_devices, donate_argnums=0 if donate else (), out_shardings=out)
             specs = (PartitionSpec("runs"),) * arguments + (PartitionSpec(),) * shared
             sharded = jax.shard_map(
                 over_runs, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("runs"), check_vma=False
             )
             return jax.jit(sharded, donate_argnums=0 if donate else ())
 
-        self._begin = program(_begin, 2)
-        self._advance = program(_advance, 2, shared=1, donate=True)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
+        self._training_sharding = self.sharding
+        if data_parallel:
+            self._training_sharding = _rows_split(program(_begin, 2).eval_shape(self.configs, keys), mesh)
+        self._begin = program(_begin, 2, out=self._training_sharding)
+        self._advance = program(_advance, 2, shared=1, donate=True, out=self._training_sharding)
         self._evaluate = program(_evaluate, 3)
         self._calibrate = program(_calibrate, 3)
-        self._take_metrics = jax.jit(jax.vmap(take_metrics), donate_argnums=0, out_shardings=self.sharding)
+        self._take_metrics = jax.jit(
+            jax.vmap(take_metrics), donate_argnums=0, out_shardings=(self._training_sharding, self.sharding)
+        )
 
     @functools.cached_property
     def abstract_training(self) -> Training:
         """Shapes, dtypes and shardings of the training of all runs, without computing anything."""
         keys = self._keys(jax.random.split(jax.random.key(0), self.num_runs))
         shapes = self._begin.eval_shape(self.configs, keys)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), shapes)
+        shardings = jax.tree.broadcast(self._training_sharding, shapes)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _spread(self, configs: Any) -> Any:
         floats = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), self.num_runs), configs)
@@ -276,10 +296,14 @@ def one_run(tree: Any, run: int) -> Any:
     """One run's part of a tree whose arrays have the axis `runs` first, on the device that holds it.
 
     Plain indexing of an array that is sharded over devices is a collective operation; dozens of them in flight at once
-    can wait for each other for ever on CPU devices, until XLA aborts the process.
+    can wait for each other for ever on CPU devices, until XLA aborts the process. Of a data-parallel run, whatever is
+    split goes to one device.
     """
 
     def take(x: jax.Array) -> jax.Array:
+        if len(x.addressable_shards) > 1 and DATA in x.sharding.mesh.axis_names:
+            first = x.addressable_shards[0]
+            return (first.data if x.is_fully_replicated else jax.device_put(x, first.device))[run]
         for shard in x.addressable_shards:
             first, last, _ = shard.index[0].indices(x.shape[0])
             if first <= run < last:
@@ -287,6 +311,18 @@ def one_run(tree: Any, run: int) -> Any:
         raise IndexError(f"run is {run}; this process holds no such run of {x.shape[0]}")
 
     return jax.tree.map(take, tree)
+
+
+def _rows_split(training: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shardings of a data-parallel training `[runs, ...]`: environments split by rows, the rest on every device.
+
+    The replay is on every device too: a batch is drawn from all of it, and what environments see is little beside it.
+    """
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), training)
+    experience = shardings.state.experience
+    rows = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(None, DATA)), experience.interaction)
+    experience = experience._replace(interaction=rows)
+    return shardings._replace(state=shardings.state._replace(experience=experience))
 
 
 def _fastest_mode(config: Any) -> RunsMode:

@@ -355,8 +355,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             # One update of the actor, on the last of the batches that the critics were updated with before it.
             key, sample_key, critic_key, actor_key = jax.random.split(state.key, 4)
-            batch = experience.sample(state.experience, sample_key, config.policy_delay * config.batch_size)
-            batches = jax.tree.map(lambda x: x.reshape(config.policy_delay, config.batch_size, *x.shape[1:]), batch)
+            batches = experience.sample_batches(state.experience, sample_key, config.policy_delay, config.batch_size)
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, turn: update_critic(learner, turn[0], jax.random.fold_in(critic_key, turn[1])),
                 state.learner,

@@ -257,8 +257,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             # One update of the actor, on the last of the batches that the critics were updated with before it.
             key, sample_key, noise_key = jax.random.split(state.key, 3)
-            batch = experience.sample(state.experience, sample_key, config.policy_delay * config.batch_size)
-            batches = jax.tree.map(lambda x: x.reshape(config.policy_delay, config.batch_size, *x.shape[1:]), batch)
+            batches = experience.sample_batches(state.experience, sample_key, config.policy_delay, config.batch_size)
             noise = jax.random.normal(noise_key, batches.action.shape)
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, batch_and_noise: update_critic(learner, *batch_and_noise),

@@ -42,7 +42,7 @@ BALANCING = {
     "d4pg": DETERMINISTIC | {"actor_learning_rate": 3e-4, "v_min": 0.0, "v_max": 1_000.0},
 }  # fmt: skip
 # The value-based family takes its presets, which differ in nothing but the representation of the return.
-VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow")}
+VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow", "os_c51")}
 ACTOR_CRITIC = {name: {} for name in ("tqc", "sac", "td3", "ddpg", "d4pg", "dsac", "dsac_t", "stac")}
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": ACTOR_CRITIC},

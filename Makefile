@@ -51,4 +51,4 @@ bench: $(READY)
 	$(BIN)/python experiments/throughput/run.py $(ARGS)
 
 notebook: $(READY)
-	$(BIN)/jupyter-execute --inplace notebooks/tour.ipynb
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb

@@ -18,7 +18,7 @@ summary.csv: step 0 alone, mean over the seeds with 95 % bootstrap intervals.
 
     python experiments/fitted_likelihood/run.py
 
-takes about 12 minutes on two quiet cores (an estimate).
+takes about ten minutes on two cores.
 """
 
 import datetime

@@ -16,7 +16,7 @@ laws and for laws of full returns (that of C51), on one support:
                       twins), and `spread`, to the average law of all seeds, which needs no reference.
     summary.csv       the largest ratios, the last moves and the last errors.
 
-    python experiments/one_step/run.py            # about ten minutes on 2 cores
+    python experiments/one_step/run.py            # about two minutes on 2 cores
 """
 
 import datetime

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrl_dist import evaluation
+from jaxrl_dist import evaluation, hosts
 from jaxrl_dist.agent import Agent, ConfigurationError
 from jaxrl_dist.keys import is_key
 
@@ -144,6 +144,9 @@ class Programs:
     Runs are spread over as many devices as divide their number. On one device they are vmapped (accelerators, and
     narrow networks on CPU) or done one after another (wide networks on CPU, where a batched matrix product is slower
     than several plain ones; results are then those of the run alone, bit for bit).
+
+    Of several processes (`hosts`) all must call the same methods, and each holds its part of every array: `runs_here`
+    says which runs those are, `hosts.gather` gets small arrays in full.
     """
 
     def __init__(
@@ -163,9 +166,9 @@ class Programs:
     ):
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`."""
         self.num_runs = num_runs
-        devices = jax.devices()[:max_devices]
-        self.num_devices = max(n for n in range(1, min(num_runs, len(devices)) + 1) if num_runs % n == 0)
-        mesh = jax.make_mesh((self.num_devices,), ("runs",), (AxisType.Auto,), devices=devices[: self.num_devices])
+        devices = _devices(num_runs, max_devices)
+        self.num_devices = len(devices)
+        mesh = jax.make_mesh((self.num_devices,), ("runs",), (AxisType.Auto,), devices=devices)
         self.sharding = NamedSharding(mesh, PartitionSpec("runs"))
         self.configs = self._spread(configs)
         self.compiled = False
@@ -223,8 +226,8 @@ class Programs:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), shapes)
 
     def _spread(self, configs: Any) -> Any:
-        floats = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), self.num_runs), configs)
-        return jax.device_put(floats, self.sharding)
+        floats = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x, np.float32), self.num_runs), configs)
+        return hosts.place(floats, self.sharding)
 
     def set_floats(self, configs: Any) -> None:
         """Take other floats; what is compiled stays compiled. `agent` remains that of the first ones."""
@@ -237,7 +240,7 @@ class Programs:
         self.compiled = True
         training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
         self._begin = self._begin.lower(self.configs, keys).compile()
-        self._advance = self._advance.lower(training, self.configs, jnp.int32(0)).compile()
+        self._advance = self._advance.lower(training, self.configs, np.int32(0)).compile()
         self._evaluate = self._evaluate.lower(training, self.configs, keys).compile()
         self._take_metrics = self._take_metrics.lower(training).compile()
         if self.calibrates:
@@ -249,7 +252,7 @@ class Programs:
         return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
     def _keys(self, keys: jax.Array) -> jax.Array:
-        return jax.device_put(keys, self.sharding)
+        return hosts.place(keys, self.sharding)
 
     def begin(self, keys: jax.Array) -> Training:
         """Start all runs: `keys` `[runs]`."""
@@ -257,7 +260,7 @@ class Programs:
 
     def advance(self, training: Training, iterations: int) -> Training:
         """Do `iterations` iterations of every run; the given training is consumed (its buffers are donated)."""
-        return self._advance(training, self.configs, jnp.int32(iterations))
+        return self._advance(training, self.configs, np.int32(iterations))
 
     def take_metrics(self, training: Training) -> tuple[Training, jax.Array]:
         """Averages `[runs, metrics]` since the last call; the given training is consumed."""
@@ -287,6 +290,22 @@ def one_run(tree: Any, run: int) -> Any:
         raise IndexError(f"run is {run}; this process holds no such run of {x.shape[0]}")
 
     return jax.tree.map(take, tree)
+
+
+def runs_here(tree: Any) -> list[int]:
+    """The runs, by number, that devices of this process hold, of a tree whose arrays have the axis `runs` first."""
+    whole = jax.tree.leaves(tree)[0]
+    found = (range(whole.shape[0])[shard.index[0]] for shard in whole.addressable_shards)
+    return sorted(run for runs in found for run in runs)
+
+
+def _devices(num_runs: int, max_devices: int | None) -> list[jax.Device]:
+    """As many devices as divide the runs evenly, equally many of every process."""
+    processes = jax.process_count()
+    of_each = [[device for device in jax.devices() if device.process_index == i] for i in range(processes)]
+    most = min(num_runs, max_devices or jax.device_count(), jax.device_count()) // processes
+    count = max(n for n in range(1, most + 1) if num_runs % (n * processes) == 0)
+    return [device for devices in of_each for device in devices[:count]]
 
 
 def _fastest_mode(config: Any) -> RunsMode:

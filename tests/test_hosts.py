@@ -1,6 +1,7 @@
 """Two processes on one machine: the same results as one, bit for bit, and a clear end when one of them is lost."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -47,6 +48,17 @@ def prepare(runs: Path, **changes) -> problem.Problem:
     )
 
 
+@functools.cache
+def programs_of(total_steps: int) -> training.Programs:
+    """Compiled once for all runs of this process."""
+    return runner.make_programs(prepare(Path(), total_steps=total_steps))
+
+
+def train_alone(runs: Path, **changes) -> Path:
+    prepared = prepare(runs, **changes)
+    return runner.train(prepared, None, programs_of(prepared.options.total_steps))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,11 +80,11 @@ def start(cache: Path, devices: int, commands: list[list[str]]) -> list[subproce
     ]  # fmt: skip
 
 
-def start_two(cache: Path, runs: Path, *arguments: str, of_second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+def start_two(cache: Path, runs: Path, *arguments: str) -> list[subprocess.Popen]:
     """The command `train` as a user gives it by hand to two processes."""
     together = ["--distributed", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
     whole = ["-c", COMMAND, "train", "c51", *ARGUMENTS, "--runs-folder", str(runs), *arguments, *together]
-    return start(cache, 1, [[*whole, "0"], [*whole, "1", *of_second]])
+    return start(cache, 1, [[*whole, "0"], [*whole, "1"]])
 
 
 def outputs(processes: list[subprocess.Popen]) -> list[str]:
@@ -172,7 +184,7 @@ def worked(tmp_path_factory, cache) -> tuple[Path, list[dict]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """The short run in this one process, on its one device."""
-    return runner.train(prepare(tmp_path_factory.mktemp("alone"), **SHORT))
+    return train_alone(tmp_path_factory.mktemp("alone"), **SHORT)
 
 
 @pytest.mark.slow
@@ -201,7 +213,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(worked, alone):
     folder = runs / "moved" / "c51" / "CartPole-v1" / "run"
     parts = {path.name for path in next((folder / "checkpoints").iterdir()).glob("arrays/ocdbt.process_*")}
     assert parts == {"ocdbt.process_0", "ocdbt.process_1"}, "each process wrote its own part"
-    assert runner.train(prepare(runs / "moved", resume="latest", **SHORT)) == folder
+    assert train_alone(runs / "moved", resume="latest", **SHORT) == folder
     assert_same_run(alone, folder)
 
 
@@ -235,8 +247,19 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_both(worked):
 
 
 @pytest.mark.slow
-def test_an_error_ends_both_processes_with_its_exit_code(cache, tmp_path):
-    processes = start_two(cache, tmp_path, of_second=("--learning-rate", "1"))
+def test_an_error_ends_both_tasks_of_slurm_with_its_exit_code(cache, tmp_path, monkeypatch):
+    """The tasks meet through the variables that `srun` sets."""
+    for name, value in {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    whole = ["-c", COMMAND, "train", "c51", *ARGUMENTS, "--runs-folder", str(tmp_path), "--distributed", "auto"]
+    processes = []
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        monkeypatch.setenv("SLURM_LOCALID", task)
+        processes += start(cache, 1, [[*whole, "--learning-rate", task]])
     for process, said in zip(processes, outputs(processes), strict=True):
         assert process.returncode == cli.USAGE_ERROR, said
         assert "were started with other options" in said
@@ -273,8 +296,8 @@ def test_a_lost_process_ends_the_run_which_goes_on_from_its_checkpoint(cache, tm
     assert "the same command and --name run --resume auto" in said
     assert "resumed at iteration" in processes[0].communicate(timeout=60)[0]
 
-    assert runner.train(prepare(tmp_path, resume="auto")) == folder
-    assert_same_run(runner.train(prepare(tmp_path / "alone")), folder)
+    assert train_alone(tmp_path, resume="auto") == folder
+    assert_same_run(train_alone(tmp_path / "alone"), folder)
 
 
 # -- in one process ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ with a single process they are what the function says without any communication.
 How the loss of a process is noticed (JAX 0.10): where it was killed, the operating system closes its connections and
 the next collective operation of the others raises; where its machine is gone or hangs, JAX's coordination service
 misses its heartbeat for `HEARTBEAT_SECONDS` and then aborts every other process from C++, where Python has no say.
-Hence the watcher, a shell that outlives its process and says how to go on.
+Hence the watcher, a shell that outlives its process and says how to go on. The same holds for processes that never
+meet: after `START_SECONDS` JAX aborts those that are there.
 """
 
 import contextlib
@@ -75,14 +76,21 @@ def join(distributed: str, num_processes: int, process_id: int, device: doctor.P
         where = {"coordinator_address": distributed, "num_processes": num_processes, "process_id": process_id}
     # JAX's own handler of SIGTERM would take the place of the runner's, which stops and saves.
     jax.config.update("jax_enable_preemption_service", False)
+    _start_watcher(
+        f"error: --distributed is {distributed}, but not all processes met within {START_SECONDS} seconds; start all "
+        "of them, where they can reach process 0 and the port is free"
+    )
     try:
         jax.distributed.initialize(
             **where, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"--distributed is {distributed}, but the processes did not find each other: {_first_line(error)}"
+            f"--distributed is {distributed}, but the processes did not find each other ({_first_line(error)}); auto "
+            "works under SLURM, on Cloud TPU, in Kubernetes and under Open MPI, HOST:PORT everywhere"
         ) from error
+    finally:
+        _dismiss_watcher()
     doctor.require_platform(device)
     counts = Counter(device.process_index for device in jax.devices())
     require(
@@ -176,17 +184,13 @@ def gather(tree: Any) -> Any:
 
 def watch(again: str) -> None:
     """From now on, say how to go on if this process ends without `leaving`; `again` are the options to add."""
-    global _watcher, _again
+    global _again
     if jax.process_count() == 1:
         return
-    _again = f"the same command{f' and {again}' if again else ''}"
-    sentence = (
+    _again = f"the same command and {again}"
+    _start_watcher(
         f"error: process {jax.process_index()} of {jax.process_count()} has ended too early, killed or because another "
         f"one is lost; start all of them again with {_again} to go on from the last checkpoint"
-    )
-    # In a session of its own: Ctrl-C goes to all of a terminal's processes, and this one must outlive ours.
-    _watcher = subprocess.Popen(
-        ["sh", "-c", f"read line || echo {shlex.quote(sentence)} >&2"], stdin=subprocess.PIPE, start_new_session=True
     )
 
 
@@ -230,9 +234,20 @@ def _leave_at_once(error: BaseException) -> NoReturn:
     os._exit(status)
 
 
+def _start_watcher(sentence: str) -> None:
+    """Have `sentence` printed should this process end before `_dismiss_watcher`, in whatever way."""
+    global _watcher
+    # In a session of its own: Ctrl-C goes to all of a terminal's processes, and this one must outlive ours.
+    _watcher = subprocess.Popen(
+        ["sh", "-c", f"read line || echo {shlex.quote(sentence)} >&2"], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+
 def _dismiss_watcher() -> None:
+    global _watcher
     if _watcher is not None:
         _watcher.communicate(b"done\n")
+        _watcher = None
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -266,6 +266,23 @@ def test_an_error_ends_both_tasks_of_slurm_with_its_exit_code(cache, tmp_path, m
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_processes_that_do_not_meet_end_with_one_clear_line(cache, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_"))]:
+        monkeypatch.delenv(name)
+    hurried = COMMAND.replace("HEARTBEAT_SECONDS", "START_SECONDS")
+    whole = ["-c", hurried, "train", "c51", *ARGUMENTS, "--runs-folder", str(tmp_path), "--distributed"]
+    where = f"127.0.0.1:{free_port()}"
+    processes = start(cache, 1, [[*whole, "auto"], [*whole, where, "--num-processes", "2", "--process-id", "1"]])
+    nowhere, lonely = outputs(processes)
+    assert processes[0].returncode == cli.USAGE_ERROR, nowhere
+    assert "auto works under SLURM" in nowhere
+    assert "Traceback" not in nowhere
+    assert processes[1].returncode not in (0, None), lonely
+    assert f"error: --distributed is {where}, but not all processes met within 10 seconds" in lonely
+    assert not list(tmp_path.iterdir())
+
+
 def kill_after_a_checkpoint(processes, folder: Path, victim: int, number: signal.Signals) -> None:
     seen, deadline = max(Checkpoints(folder / "checkpoints").iterations(), default=0), time.monotonic() + 300
     while max(Checkpoints(folder / "checkpoints").iterations(), default=0) <= seen:

@@ -17,6 +17,10 @@ Choices, and what they rest on (orbax-checkpoint 0.12.8):
 - The state goes to orbax as a flat `{number: array}`, and the manifest says which field each number is. Structure, keys
   and empty arrays (which orbax refuses) are then ours to check, in our own words, whatever version of orbax reads them.
 - Arrays come back through the host and are placed by `jax.device_put`, so the devices that wrote them do not matter.
+  Only an array that several processes share is placed by orbax, which reads no more than each process needs of it.
+- Several processes write one checkpoint together, each its own part of the arrays through orbax, into one folder that
+  all of them see (a shared file system). Everything else is done by the first process, the checksums too, between two
+  points at which all wait for all: no process goes on before the checkpoint is complete.
 - No compression: the floats of a full replay buffer hardly shrink, and saving them takes several times as long.
 """
 
@@ -37,6 +41,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxrl_dist import hosts
 from jaxrl_dist.keys import is_key
 
 _MANIFEST = "manifest.json"
@@ -51,7 +56,9 @@ class DamagedCheckpoint(ValueError):
 class Checkpoints:
     """The checkpoints of one run: `keep` newest ones in `folder`, each either complete or recognisably not.
 
-    One process writes to a folder. `keep` is at least 1; two by default, so that one damaged checkpoint is not the end.
+    One run writes to a folder; where several processes share it (`hosts`), all of them call `save`, `load`,
+    `remove_after` and `newest_intact` alike. `keep` is at least 1; two by default, so that one damaged checkpoint is
+    not the end.
     """
 
     def __init__(self, folder: Path | str, keep: int = 2):
@@ -68,32 +75,40 @@ class Checkpoints:
         """
         if isinstance(iteration, bool) or not isinstance(iteration, int | np.integer) or iteration < 0:
             raise ValueError(f"iteration={iteration!r}: must be an integer of at least 0")
-        if jax.process_count() > 1:
-            raise ValueError(f"jax.process_count()={jax.process_count()}: checkpoints are written by a single process")
         fields, arrays = _describe(tree)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
-
         staging = self.folder / f"{_UNFINISHED}{iteration}"
-        staging.mkdir()
+        hosts.by_first(lambda: self._make_room(staging))
         if arrays:
             with _quiet(), _checkpointer() as checkpointer:
                 checkpointer.save((staging / _ARRAYS).absolute(), args=ocp.args.PyTreeSave(arrays))
-        _write_manifest(staging, {"iteration": int(iteration), "fields": fields, "files": _flush_and_digest(staging)})
+        _flush_all(staging)  # by every process: another machine's unwritten data are not ours to flush
+        hosts.wait()
+        hosts.by_first(lambda: self._complete(staging, int(iteration), fields))
+
+    def _make_room(self, staging: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        staging.mkdir()
+
+    def _complete(self, staging: Path, iteration: int, fields: dict[str, Any]) -> None:
+        _write_manifest(staging, {"iteration": iteration, "fields": fields, "files": _digests(staging)})
         before = self.iterations()
         if iteration in before:
             self._remove(iteration)
         staging.rename(self._path(iteration))
         _flush(self.folder)
 
-        self.remove_after(iteration)
+        self._remove_later(iteration)
         older = [other for other in before if other < iteration]
         for other in older[: max(0, len(older) - (self.keep - 1))]:
             self._remove(other)
 
     def remove_after(self, iteration: int) -> None:
         """Removes the checkpoints later than `iteration`, the one a run goes back to; -1 removes all."""
+        hosts.by_first(lambda: self._remove_later(iteration))
+
+    def _remove_later(self, iteration: int) -> None:
         for other in self.iterations():
             if other > iteration:
                 self._remove(other)
@@ -110,6 +125,9 @@ class Checkpoints:
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
         """The newest iteration that verifies (None without any) and one sentence for each damaged one skipped."""
+        return tuple(hosts.by_first(self._newest_intact))
+
+    def _newest_intact(self) -> tuple[int | None, list[str]]:
         skipped = []
         for iteration in reversed(self.iterations()):
             try:
@@ -122,7 +140,19 @@ class Checkpoints:
 
     def verify(self, iteration: int) -> None:
         """Reads every file of a checkpoint and compares it with the manifest; DamagedCheckpoint where they differ."""
-        self._read_manifest(iteration)
+        path = self._path(iteration)
+        for name, expected in self._manifest(iteration)["files"].items():
+            file = path / name
+            try:
+                size = file.stat().st_size
+                if size != expected["bytes"]:
+                    raise DamagedCheckpoint(f"{file}: has {size} bytes, {expected['bytes']} were written")
+                if _digest_of_file(file) != expected["blake2b"]:
+                    raise DamagedCheckpoint(f"{file}: the checksum differs from the one written")
+            except FileNotFoundError:
+                raise DamagedCheckpoint(f"{file}: the file is missing") from None
+            except OSError as error:
+                raise DamagedCheckpoint(f"{file}: cannot be read ({error})") from None
 
     def load(self, iteration: int, like: Any) -> Any:
         """The tree of a checkpoint, verified first, with the structure, dtypes and shardings of `like`.
@@ -131,7 +161,8 @@ class Checkpoints:
         array goes to the default device, and a numpy leaf stays numpy. ValueError naming the field and both shapes
         where the checkpoint holds something else; nothing is cast, cut or filled in.
         """
-        saved = self._read_manifest(iteration)["fields"]
+        hosts.by_first(lambda: self.verify(iteration))
+        saved = self._manifest(iteration)["fields"]
         path = self._path(iteration)
         named, structure = jax.tree_util.tree_flatten_with_path(like)
         wanted = {_name(key_path): leaf for key_path, leaf in named}
@@ -140,8 +171,9 @@ class Checkpoints:
         stored = [field["array"] for field in saved.values() if field["array"]]
         arrays = {}
         if stored:
-            on_the_host = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
-            request = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=on_the_host)
+            how = {saved[name]["array"]: _how_to_restore(leaf) for name, leaf in wanted.items()}
+            how = {number: how[number] for number in stored}
+            request = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how)
             with _quiet(), _checkpointer() as checkpointer:
                 arrays = checkpointer.restore((path / _ARRAYS).absolute(), args=request)
         # `pop`: the host's copy of a large replay buffer is let go as soon as it is placed.
@@ -160,7 +192,7 @@ class Checkpoints:
         self._path(iteration).rename(doomed)
         shutil.rmtree(doomed)
 
-    def _read_manifest(self, iteration: int) -> dict[str, Any]:
+    def _manifest(self, iteration: int) -> dict[str, Any]:
         path = self._path(iteration)
         if not path.is_dir():
             raise ValueError(f"iteration={iteration!r}: no checkpoint in {self.folder}, which has {self.iterations()}")
@@ -177,18 +209,6 @@ class Checkpoints:
         manifest = json.loads(content)
         if manifest["iteration"] != iteration:
             raise DamagedCheckpoint(f"{path}: was saved as iteration {manifest['iteration']}")
-        for name, expected in manifest["files"].items():
-            file = path / name
-            try:
-                size = file.stat().st_size
-                if size != expected["bytes"]:
-                    raise DamagedCheckpoint(f"{file}: has {size} bytes, {expected['bytes']} were written")
-                if _digest_of_file(file) != expected["blake2b"]:
-                    raise DamagedCheckpoint(f"{file}: the checksum differs from the one written")
-            except FileNotFoundError:
-                raise DamagedCheckpoint(f"{file}: the file is missing") from None
-            except OSError as error:
-                raise DamagedCheckpoint(f"{file}: cannot be read ({error})") from None
         return manifest
 
 
@@ -239,10 +259,24 @@ def _place(array: np.ndarray | None, field: dict[str, Any], like: Any) -> Any:
     """One restored array as `like` wants it: numpy, or on the devices of its sharding, or a typed key there."""
     if array is None:
         array = np.zeros(field["shape"], field["dtype"])
+        if _is_shared(like):
+            array = hosts.place(array, like.sharding)
     if isinstance(like, np.ndarray | np.generic):
         return array
     value = array if field["key"] is None else jax.random.wrap_key_data(array, impl=field["key"])
-    return jax.device_put(value, like.sharding)
+    return value if _is_shared(like) else jax.device_put(value, like.sharding)
+
+
+def _is_shared(like: Any) -> bool:
+    """Whether an array is spread over the devices of several processes."""
+    sharding = getattr(like, "sharding", None)
+    return sharding is not None and not sharding.is_fully_addressable
+
+
+def _how_to_restore(like: Any) -> ocp.RestoreArgs:
+    if _is_shared(like):
+        return ocp.ArrayRestoreArgs(sharding=like.sharding)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -281,17 +315,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_and_digest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Flushes everything below `folder` to the disk: `{relative path: {bytes, blake2b}}` of every file."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
+def _flush_all(folder: Path) -> None:
+    """Waits until everything below `folder` is on the disk."""
+    for path in folder.rglob("*"):
         _flush(path)
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {
-                "bytes": path.stat().st_size,
-                "blake2b": _digest_of_file(path),
-            }
-    return files
+
+
+def _digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{relative path: {bytes, blake2b}}` of every file below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": _digest_of_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -29,16 +29,17 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
 
     The environment's preset, if there is one, becomes the defaults; options given on the command line override it. A
     preset may also set options of the run, such as total_steps. The first preset is that of the default environment.
-    With `--sweep.FIELD VALUES...` every combination of the values is trained (`study`).
+    With `--sweep.FIELD VALUES...` every combination of the values is trained (`study`). With `--distributed` the same
+    command runs on several processes (`hosts`), of which the first one prints.
     """
     spread_over_cores()
-    from jaxrl_dist import problem, runner, study, sweeps
+    from jaxrl_dist import hosts, problem, runner, study, sweeps
     from jaxrl_dist.agent import require
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
     console = Console()
     default_env = next(iter(presets))
-    with _clear_errors(console):
+    with hosts.leaving(), _clear_errors(console):
         arguments, swept = sweeps.split_arguments(sys.argv[1:] if arguments is None else arguments)
         env_id = _peek(arguments, "--env-id", default_env)
         preset_name = _peek(arguments, "--preset", problem.RunOptions.preset)
@@ -50,6 +51,11 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             problem.RunOptions, config_type, {"env_id": default_env, **preset}, arguments, prog=f"{algorithm}.py",
             description=_description(make_agent, preset_name if preset else ""),
         )  # fmt: skip
+        hosts.join(options.distributed, options.num_processes, options.process_id, options.device)
+        if options.distributed != "off":
+            options = dataclasses.replace(options, name=options.name or hosts.by_first(runner.date_and_time))
+            hosts.watch(f"--name {options.name} --resume auto")
+            console = Console(quiet=not hosts.is_first())
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
         if swept or sweep.sweep_file:

@@ -63,6 +63,13 @@ class RunOptions:
     """devices of that kind over which runs are spread, evenly: all, or at most so many"""
     data_parallel: bool = False
     """split the environments and batches of every run over the devices, instead of spreading runs over them"""
+    distributed: str = "off"
+    """with `auto`, this command runs on several processes that JAX finds through SLURM, Cloud TPU, Kubernetes or Open
+    MPI; HOST:PORT is where process 0 waits for processes that are started by hand"""
+    num_processes: Natural = 0
+    """with --distributed HOST:PORT: how many processes there are"""
+    process_id: int = -1
+    """with --distributed HOST:PORT: number of this process, from 0"""
     runs_mode: training.RunsMode = "auto"
     """how the seeds of one device run: vmap (together) or map (one after another, bit for bit as if alone)"""
     plots: bool = True
@@ -127,11 +134,24 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
 
 
 def device_count(options: RunOptions) -> int:
-    """The most devices that runs may be spread over; more than there are is an error."""
-    there = jax.device_count()
+    """The most devices that runs may be spread over; more than there are is an error.
+
+    With several processes each of them takes as many devices, and as many seeds, as the others.
+    """
+    there, processes = jax.device_count(), jax.process_count()
     require(
-        options.devices == "all" or (options.devices.isdecimal() and 1 <= int(options.devices) <= there),
-        f"--devices is {options.devices}; it must be all or a number from 1 to {there}, the devices that there are",
+        options.devices == "all" or (options.devices.isdecimal() and processes <= int(options.devices) <= there),
+        f"--devices is {options.devices}; it must be all or a number from {processes} to {there}, the devices that "
+        "there are",
+    )
+    if options.data_parallel:
+        count = there if options.devices == "all" else int(options.devices)
+        require(count % processes == 0, f"--devices is {count}; it must be a multiple of the {processes} processes")
+        return count
+    require(
+        options.num_seeds % processes == 0,
+        f"--num-seeds is {options.num_seeds}; with {processes} processes it must be a multiple of {processes}, so "
+        "that each of them holds some",
     )
     return there if options.devices == "all" else int(options.devices)
 

@@ -122,6 +122,25 @@ class Recorder:
                 self._wandb_run.log(scalars, step=env_steps)
 
 
+class NoRecorder:
+    """Takes everything a `Recorder` takes and writes nothing: what all processes but the first one have."""
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        pass
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def append_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def truncate_after(self, env_steps: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(folder: Path) -> pd.DataFrame:
     """`metrics.csv` of a run folder, one row per (log point, seed), empty values as NaN.
 

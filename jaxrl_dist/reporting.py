@@ -55,7 +55,7 @@ def draw_return_distribution(
             spread=evaluation.spread(limit, states),
         )
     )  # fmt: skip
-    found = compare(jax.device_put(state, jax.devices()[0]), key)
+    found = compare(jax.device_put(state, jax.local_devices()[0]), key)
     found = jax.tree.map(np.asarray, found)
     plotting.return_distribution(path, predicted=found.predicted, monte_carlo=found.monte_carlo, title=title)
 

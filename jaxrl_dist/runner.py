@@ -2,7 +2,8 @@
 
 The host loop of `training.Programs`. Between chunks of iterations it draws the progress bar, looks for non-finite
 metrics and for Ctrl-C; at fixed iterations it evaluates, records and checkpoints, so what is recorded depends neither
-on how fast the machine is nor on where a run was interrupted.
+on how fast the machine is nor on where a run was interrupted. Several processes go through this same loop (`hosts`):
+they agree on the length of every chunk and on stopping, and the first one alone prints and keeps the tables.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxrl_dist import interaction, plotting, portable, recording, reporting, statistics, training
+from jaxrl_dist import hosts, interaction, plotting, portable, recording, reporting, statistics, training
 from jaxrl_dist.agent import ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.keys import is_key
@@ -46,7 +47,8 @@ def train(problem: Problem, console: Console | None = None, programs: training.P
     floats. Raises NonFiniteMetric when training breaks and KeyboardInterrupt after a clean stop by Ctrl-C; in both
     cases all that was recorded stays, and the last good checkpoint with it.
     """
-    console = console or Console()
+    console = console or Console(quiet=not hosts.is_first())
+    hosts.require_same([dataclasses.asdict(x) for x in (problem.config, _without_place(problem.options))])
     folder = folder_of(problem.algorithm, problem.options)
     with claim(folder, problem.options):
         return _Session(problem, folder, console, programs).run()
@@ -54,8 +56,12 @@ def train(problem: Problem, console: Console | None = None, programs: training.P
 
 def folder_of(algorithm: str, options: RunOptions) -> Path:
     """Where a run is kept: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME, by default named after the date and time."""
-    name = options.name or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = options.name or hosts.by_first(date_and_time)
     return Path(options.runs_folder) / algorithm / options.env_id.replace("/", "-") / name
+
+
+def date_and_time() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def make_programs(problem: Problem) -> training.Programs:
@@ -93,7 +99,8 @@ class _Session:
         self.training_keys, self.evaluation_keys = run_keys
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=options.checkpoint_keep)
         self.training_seconds = 0.0
-        self.interrupted = False
+        self.interrupted = False  # a signal has come to this process
+        self.stopped = False  # all processes have agreed to stop
         self.warned_of_clipping = False
 
     def _interval(self, env_steps: int, default_parts: int) -> int:
@@ -113,15 +120,17 @@ class _Session:
         self.compile_seconds = time.perf_counter() - started
         self.console.print(f"compiled in {self.compile_seconds:.1f} s")
 
-        recorder = recording.Recorder(
-            self.folder, tensorboard=self.options.tensorboard, wandb_project=self.options.wandb
-        )
+        recorder = recording.NoRecorder()
+        if hosts.is_first():
+            recorder = recording.Recorder(
+                self.folder, tensorboard=self.options.tensorboard, wandb_project=self.options.wandb
+            )
         try:
             state, iteration = self._start(recorder)
             state, iteration = self._loop(state, iteration, recorder)
         finally:
             recorder.close()
-        if self.interrupted:
+        if self.stopped:
             again = "" if self.problem.configurations else f"; continue with --name {self.folder.name} --resume latest"
             self.console.print(f"stopped at iteration {iteration}{again}")
             raise KeyboardInterrupt
@@ -129,6 +138,7 @@ class _Session:
         self._print_results(iteration)
         if self.options.plots:
             self._draw(state)
+        hosts.wait()  # the other processes write policies too
         self.console.print(f"results in {self.folder}")
         return self.folder
 
@@ -144,7 +154,8 @@ class _Session:
         rows = {
             "algorithm": f"{self.problem.algorithm} on {options.env_id}",
             "runs": f"{len(self.runs)} (seeds {self.seeds[0]} to {self.seeds[-1]}{self._of_configurations()}), "
-            f"{programs.runs_mode} on {programs.num_devices} {jax.default_backend()} device(s)",
+            f"{programs.runs_mode} on {programs.num_devices} {jax.default_backend()} device(s)"
+            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             "each run": f"{self.env_steps(self.total_iterations):,} env steps, {agent.warmup_steps:,} of them warm-up; "
             f"{self.total_iterations * agent.updates_per_iteration:,} updates ({ratio:g} per env step)",
             "memory": f"{_megabytes(total)} predicted for all runs, {_megabytes(replay)} of it replay",
@@ -196,7 +207,7 @@ class _Session:
             if iteration is None:
                 self.console.print("no intact checkpoint; starting from the beginning")
             return iteration
-        found = self.checkpoints.iterations()
+        found = hosts.by_first(self.checkpoints.iterations)
         require(bool(found), f"--resume is {self.options.resume!r}, but {self.folder} holds no checkpoint")
         if self.options.resume == "latest":
             return found[-1]
@@ -247,8 +258,12 @@ class _Session:
             if iteration == 0:
                 self._evaluate_and_record(state, np.full((len(self.seeds), len(self._names)), np.nan), 0, recorder)
             progress.update(bar, description=self._headline())
-            chunk = 1
-            while iteration < self.total_iterations and not self.interrupted:
+            chunk, saved_at = 1, iteration
+            while True:
+                asked_to_stop, chunks = hosts.collect(np.int32([self.interrupted, chunk])).T
+                self.stopped, chunk = bool(asked_to_stop.any()), int(chunks.min())
+                if self.stopped or iteration == self.total_iterations:
+                    break
                 due = min(
                     iteration - iteration % interval + interval
                     for interval in (self.eval_interval, self.checkpoint_interval)
@@ -266,12 +281,15 @@ class _Session:
                 last = iteration == self.total_iterations
                 if last or iteration % self.eval_interval == 0:
                     state, averages = self.programs.take_metrics(state)
-                    self._evaluate_and_record(state, np.asarray(averages), iteration, recorder)
-                if last or self.interrupted or iteration % self.checkpoint_interval == 0:
+                    self._evaluate_and_record(state, hosts.gather(averages), iteration, recorder)
+                if last or iteration % self.checkpoint_interval == 0:
                     self._save(state, iteration)
+                    saved_at = iteration
                 progress.update(
                     bar, completed=self.env_steps(iteration), description=self._headline(), rates=self._rates()
                 )
+            if saved_at != iteration:
+                self._save(state, iteration)
         return state, iteration
 
     def _name(self, run: int) -> str:
@@ -287,11 +305,11 @@ class _Session:
 
     def _evaluate_and_record(self, state, averages: np.ndarray, iteration: int, recorder: recording.Recorder) -> None:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.evaluation_keys, iteration)
-        episodes = jax.tree.map(np.asarray, self.programs.evaluate(state, keys))
+        episodes = hosts.gather(self.programs.evaluate(state, keys))
         judged = {"evaluation_return": episodes.episode_return.mean(1)}
         if self.programs.calibrates:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
-            judged |= jax.tree.map(np.asarray, self.programs.calibrate(state, keys))._asdict()
+            judged |= hosts.gather(self.programs.calibrate(state, keys))._asdict()
         env_steps = self.env_steps(iteration)
         rows, episode_rows = [], []
         for run, name in enumerate(self.runs):
@@ -326,7 +344,7 @@ class _Session:
             )
 
     def _require_finite(self, state: training.Training) -> None:
-        broken_at = np.asarray(state.broken_at)
+        broken_at = hosts.gather(state.broken_at)
         if (broken_at < 0).all():
             return
         run, metric = min(np.argwhere(broken_at >= 0), key=lambda where: broken_at[tuple(where)])
@@ -354,9 +372,11 @@ class _Session:
     # -- after ----------------------------------------------------------------------------------------------------
 
     def _save_policies(self, state: training.Training) -> None:
+        """Of the runs that this process holds, since parameters are not sent around."""
         (self.folder / "policies").mkdir(exist_ok=True)
         bounds = action_bounds(self.problem.env, self.problem.env_params)
-        for run, name in enumerate(self.runs):
+        for run in training.runs_here(state):
+            name = self.runs[run]
             agent = self.problem.make_agent(self._config_of(run), self.problem.env, self.problem.env_params)
             trained, path = training.one_run(state.state, run), self.folder / "policies" / recording.run_name(name)
             portable.save_policy(path.with_suffix(".npz"), agent.export(trained), *bounds)
@@ -380,8 +400,11 @@ class _Session:
 
     def _draw(self, state: training.Training) -> None:
         title = f"{self.problem.algorithm.upper()} on {self.options.env_id}"
-        metrics = recording.read_metrics(self.folder)
-        plotting.learning_curve({title: metrics}, self.folder / "learning_curve.png", title=title)
+        if hosts.is_first():
+            metrics = recording.read_metrics(self.folder)
+            plotting.learning_curve({title: metrics}, self.folder / "learning_curve.png", title=title)
+        if 0 not in training.runs_here(state):
+            return
         first_run = training.one_run(state.state, 0)
         reporting.draw_return_distribution(
             self.agent, self.problem, first_run, jax.random.fold_in(self.evaluation_keys[0], 2**31 - 1),
@@ -396,8 +419,16 @@ class _Session:
 def claim(folder: Path, options: RunOptions, record: str = "config.json") -> Iterator[None]:
     """Own the folder of a run or a study: fresh unless resuming, and no other live process in it.
 
-    `record`: the file whose presence says that there is something to resume.
+    `record`: the file whose presence says that there is something to resume. Of several processes the first one is the
+    owner.
     """
+    with contextlib.ExitStack() as owned:
+        hosts.by_first(lambda: owned.enter_context(_claim(folder, options, record)))
+        yield
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, options: RunOptions, record: str) -> Iterator[None]:
     import fcntl
 
     if not options.resume and folder.exists() and any(folder.iterdir()):
@@ -441,6 +472,10 @@ def _stop_on_signal(session: _Session) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _without_place(options: RunOptions) -> RunOptions:
+    return dataclasses.replace(options, process_id=-1)
+
+
 def bytes_of(tree) -> int:
     def size(x):
         if is_key(x):
@@ -455,17 +490,22 @@ def _megabytes(count: int) -> str:
 
 
 def available_bytes() -> int | None:
-    """Memory the runs may fill: the device's limit, or what the host has free; None where neither is known."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit * jax.device_count()
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    """Memory the runs may fill: the devices' limit, or what the hosts have free; None where neither is known."""
+    machines = hosts.machines()
+
+    def of_all_like_this_one() -> int | None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if limit:
+            return limit * jax.device_count()
+        if "SC_AVPHYS_PAGES" in os.sysconf_names:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
+        return None
+
+    return hosts.by_first(of_all_like_this_one)
 
 
 def _peak_bytes() -> int:
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024

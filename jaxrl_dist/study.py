@@ -21,7 +21,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import plotting, problem, recording, runner, sweeps
+from jaxrl_dist import hosts, plotting, problem, recording, runner, sweeps
 from jaxrl_dist.agent import require
 
 # Of the free memory; a compiled program also needs room for its temporaries.
@@ -48,13 +48,13 @@ def train(
     ]
     folder = runner.folder_of(algorithm, options)
     with runner.claim(folder, options, record="study.json"):
-        _write_or_compare(folder, algorithm, options, config, found)
+        hosts.by_first(lambda: _write_or_compare(folder, algorithm, options, config, found))
         waves = _waves(problems, options.num_seeds)
         _print_plan(console, folder, found, options, waves)
         programs, shapes = None, None
         for index, wave in enumerate(waves):
             name = f"wave_{index:02d}"
-            if (folder / name / "finished").exists():
+            if hosts.by_first((folder / name / "finished").exists):
                 console.print(f"[bold]{name}[/bold] is finished already")
                 continue
             numbers = ", ".join(map(str, wave.numbers))
@@ -67,8 +67,8 @@ def train(
             if shapes != (shapes := (len(wave.numbers), sweeps.static_fields(wave.config))):
                 programs = runner.make_programs(one)
             runner.train(one, console, programs)
-            (folder / name / "finished").touch()
-        collect(folder, console)
+            hosts.by_first((folder / name / "finished").touch)
+        hosts.by_first(lambda: collect(folder, console))
     return folder
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrl_dist import evaluation
+from jaxrl_dist import evaluation, hosts
 from jaxrl_dist.agent import Agent, ConfigurationError
 from jaxrl_dist.devices import DATA
 from jaxrl_dist.keys import is_key
@@ -146,6 +146,9 @@ class Programs:
     run, each on its part of the environments and batches. On one device they are vmapped (accelerators, and
     narrow networks on CPU) or done one after another (wide networks on CPU, where a batched matrix product is slower
     than several plain ones; results are then those of the run alone, bit for bit).
+
+    Of several processes (`hosts`) all must call the same methods, and each holds its part of every array: `runs_here`
+    says which runs those are, `hosts.gather` gets small arrays in full.
     """
 
     def __init__(
@@ -166,11 +169,9 @@ class Programs:
     ):
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`."""
         self.num_runs = num_runs
-        devices = jax.devices()[:max_devices]
-        spread = max(n for n in range(1, min(num_runs, len(devices)) + 1) if num_runs % n == 0)
-        self.num_devices = len(devices) if data_parallel else spread
-        axis = DATA if data_parallel else "runs"
-        mesh = jax.make_mesh((self.num_devices,), (axis,), (AxisType.Auto,), devices=devices[: self.num_devices])
+        devices = _devices(num_runs, max_devices, data_parallel)
+        self.num_devices = len(devices)
+        mesh = jax.make_mesh((len(devices),), (DATA if data_parallel else "runs",), (AxisType.Auto,), devices=devices)
         # Where an array with the axis `runs` lies: split by runs, or whole on every device.
         self.sharding = NamedSharding(mesh, PartitionSpec() if data_parallel else PartitionSpec("runs"))
         self.configs = self._spread(configs)
@@ -243,8 +244,8 @@ class Programs:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _spread(self, configs: Any) -> Any:
-        floats = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), self.num_runs), configs)
-        return jax.device_put(floats, self.sharding)
+        floats = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x, np.float32), self.num_runs), configs)
+        return hosts.place(floats, self.sharding)
 
     def set_floats(self, configs: Any) -> None:
         """Take other floats; what is compiled stays compiled. `agent` remains that of the first ones."""
@@ -257,7 +258,7 @@ class Programs:
         self.compiled = True
         training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
         self._begin = self._begin.lower(self.configs, keys).compile()
-        self._advance = self._advance.lower(training, self.configs, jnp.int32(0)).compile()
+        self._advance = self._advance.lower(training, self.configs, np.int32(0)).compile()
         self._evaluate = self._evaluate.lower(training, self.configs, keys).compile()
         self._take_metrics = self._take_metrics.lower(training).compile()
         if self.calibrates:
@@ -269,7 +270,7 @@ class Programs:
         return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
     def _keys(self, keys: jax.Array) -> jax.Array:
-        return jax.device_put(keys, self.sharding)
+        return hosts.place(keys, self.sharding)
 
     def begin(self, keys: jax.Array) -> Training:
         """Start all runs: `keys` `[runs]`."""
@@ -277,7 +278,7 @@ class Programs:
 
     def advance(self, training: Training, iterations: int) -> Training:
         """Do `iterations` iterations of every run; the given training is consumed (its buffers are donated)."""
-        return self._advance(training, self.configs, jnp.int32(iterations))
+        return self._advance(training, self.configs, np.int32(iterations))
 
     def take_metrics(self, training: Training) -> tuple[Training, jax.Array]:
         """Averages `[runs, metrics]` since the last call; the given training is consumed."""
@@ -296,14 +297,11 @@ def one_run(tree: Any, run: int) -> Any:
     """One run's part of a tree whose arrays have the axis `runs` first, on the device that holds it.
 
     Plain indexing of an array that is sharded over devices is a collective operation; dozens of them in flight at once
-    can wait for each other for ever on CPU devices, until XLA aborts the process. Of a data-parallel run, whatever is
-    split goes to one device.
+    can wait for each other for ever on CPU devices, until XLA aborts the process. Of a data-parallel run this is what
+    its first device here holds: the learner as a whole, and its own part of the environments.
     """
 
     def take(x: jax.Array) -> jax.Array:
-        if len(x.addressable_shards) > 1 and DATA in x.sharding.mesh.axis_names:
-            first = x.addressable_shards[0]
-            return (first.data if x.is_fully_replicated else jax.device_put(x, first.device))[run]
         for shard in x.addressable_shards:
             first, last, _ = shard.index[0].indices(x.shape[0])
             if first <= run < last:
@@ -323,6 +321,25 @@ def _rows_split(training: Any, mesh: jax.sharding.Mesh) -> Any:
     rows = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(None, DATA)), experience.interaction)
     experience = experience._replace(interaction=rows)
     return shardings._replace(state=shardings.state._replace(experience=experience))
+
+
+def runs_here(tree: Any) -> list[int]:
+    """The runs, by number, that this process is to keep, of a tree whose arrays have the axis `runs` first: those that
+    its devices hold, and of a run that several processes hold none but those of the first copy."""
+    whole = jax.tree.leaves(tree)[0]
+    held = (range(whole.shape[0])[s.index[0]] for s in whole.addressable_shards if s.replica_id == 0)
+    return sorted(run for runs in held for run in runs)
+
+
+def _devices(num_runs: int, max_devices: int | None, data_parallel: bool) -> list[jax.Device]:
+    """As many devices as divide the runs evenly, equally many of every process; for a data-parallel run all of them."""
+    processes = jax.process_count()
+    of_each = [[device for device in jax.devices() if device.process_index == i] for i in range(processes)]
+    count = (max_devices or jax.device_count()) // processes
+    if not data_parallel:
+        most = min(count, num_runs // processes)
+        count = max(n for n in range(1, most + 1) if num_runs % (n * processes) == 0)
+    return [device for devices in of_each for device in devices[:count]]
 
 
 def _fastest_mode(config: Any) -> RunsMode:

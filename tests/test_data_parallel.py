@@ -71,7 +71,8 @@ def compare(name: str) -> None:
     assert flops[1] < 0.5 * flops[0], flops
     alone = training.one_run(state, 1)
     assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(alone))
-    np.testing.assert_array_equal(alone.state.experience.interaction.observation, observation[1])
+    for leaf, together in zip(jax.tree.leaves(alone.state.learner), jax.tree.leaves(state.state.learner), strict=True):
+        np.testing.assert_array_equal(leaf, np.asarray(together)[1])
 
 
 @pytest.mark.slow

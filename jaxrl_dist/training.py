@@ -6,7 +6,7 @@ between which the host records, checkpoints and stops.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -287,6 +287,16 @@ def one_run(tree: Any, run: int) -> Any:
         raise IndexError(f"run is {run}; this process holds no such run of {x.shape[0]}")
 
     return jax.tree.map(take, tree)
+
+
+def take_runs(tree: Any, runs: np.ndarray) -> Any:
+    """Some runs of a tree whose arrays have the axis `runs` first, on the host; typed keys as their raw data."""
+    return jax.tree.map(lambda x: np.asarray(x)[runs], _plain(tree))
+
+
+def join_runs(parts: Sequence[Any], like: Any, sharding: NamedSharding) -> Any:
+    """The runs of all `parts` (`take_runs`) in turn, spread over devices; `like` says which of the arrays are keys."""
+    return jax.device_put(_keyed(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), like), sharding)
 
 
 def _fastest_mode(config: Any) -> RunsMode:

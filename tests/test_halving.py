@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
-from toys import LearnerConfig, make_learner
+from toys import LearnerConfig, make_learner, share_programs
 
 from jaxrl_dist import cli, problem, runner, study, sweeps, training
 from jaxrl_dist.agent import ConfigurationError
@@ -52,15 +52,9 @@ def cut_into(monkeypatch, most: int) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def waves_of_two():
     """Studies of this file train at most two configurations at once, and share what is compiled as their waves do."""
-    make, made = runner.make_programs, {}
-
-    def shared(one):
-        key = (len(one.configurations), sweeps.static_fields(one.config), one.options.runs_mode)
-        return made[key] if key in made else made.setdefault(key, make(one))
-
     with pytest.MonkeyPatch.context() as patch:
         cut_into(patch, 2)
-        patch.setattr(runner, "make_programs", shared)
+        share_programs(patch)
         yield
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from gymnax.environments import spaces
 
-from jaxrl_dist import experience
+from jaxrl_dist import experience, runner, sweeps
 from jaxrl_dist.agent import Agent, Count, Positive, Real, configuration, continuous_action_size, require
 from jaxrl_dist.interaction import average
 
@@ -117,3 +117,14 @@ def make_learner(config, env, env_params) -> Agent:
         lambda state: {"weights": state.weights},
         warmup_steps=config.warmup_steps, steps_per_iteration=config.num_envs, updates_per_iteration=1,
     )  # fmt: skip
+
+
+def share_programs(monkeypatch) -> None:
+    """Let studies with the same options share what is compiled, as the waves of one study do."""
+    make, made = runner.make_programs, {}
+
+    def shared(one):
+        key = (len(one.configurations), sweeps.static_fields(one.config), one.options.runs_mode)
+        return made[key] if key in made else made.setdefault(key, make(one))
+
+    monkeypatch.setattr(runner, "make_programs", shared)

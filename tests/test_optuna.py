@@ -85,10 +85,10 @@ def test_a_real_study_trains_what_is_proposed_and_tells_the_best(tmp_path):
 
 
 def test_it_climbs(tmp_path, trained):
-    values = [trial.value for trial in trials(train(tmp_path, 30))]
+    values = [trial.value for trial in trials(train(tmp_path, 40))]
     assert np.mean(values[-10:]) > np.mean(values[:10]) + 0.3
     assert max(values) == pytest.approx(2, abs=0.01)
-    assert trained == [(number,) for number in range(30)]
+    assert trained == [(number,) for number in range(40)]
 
 
 def test_batches_train_together_where_floats_alone_differ(tmp_path, trained):

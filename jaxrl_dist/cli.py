@@ -29,12 +29,13 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
 
     The environment's preset, if there is one, becomes the defaults; options given on the command line override it. A
     preset may also set options of the run, such as total_steps. The first preset is that of the default environment.
-    With `--sweep.FIELD VALUES...` every combination of the values is trained (`study`). With `--distributed` the same
-    command runs on several processes (`hosts`), of which the first one prints.
+    With `--sweep.FIELD VALUES...` every combination of the values is trained (`study`), or what Optuna proposes of them
+    (`optuna_study`). With `--distributed` the same command runs on several processes (`hosts`), of which the first one
+    prints.
     """
     spread_over_cores()
-    from jaxrl_dist import hosts, problem, runner, study, sweeps
-    from jaxrl_dist.agent import require
+    from jaxrl_dist import hosts, optuna_study, problem, runner, study, sweeps
+    from jaxrl_dist.agent import option, require
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
     console = Console()
@@ -58,11 +59,15 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             console = Console(quiet=not hosts.is_first())
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
-        if swept or sweep.sweep_file:
+        if sweep.sweep_optuna and (swept or sweep.sweep_file):
+            axes = sweeps.parse(config_type, swept, random=True)
+            optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
+        elif swept or sweep.sweep_file:
             found = sweeps.configurations(config_type, swept, sweep)
-            study.train(algorithm, make_agent, config, options, found, console)
+            study.train(algorithm, make_agent, config, options, found, console, sweep)
         else:
-            require(sweep == sweeps.SweepOptions(), "--sweep-samples and --sweep-seed need --sweep.FIELD VALUES")
+            given = [name for name, default in vars(sweeps.SweepOptions()).items() if getattr(sweep, name) != default]
+            require(not given, f"{', '.join(map(option, given))} need --sweep.FIELD VALUES")
             runner.train(problem.prepare(algorithm, make_agent, config, options), console)
 
 

@@ -38,7 +38,7 @@ START_SECONDS = 300
 HEARTBEAT_SECONDS = 100
 # The first process holds the service that all others need to end in order, so after an error it leaves last.
 PATIENCE_SECONDS = 3
-_MESSAGE_BYTES = 4096
+_MESSAGE_BYTES = 65_536
 
 _watcher: subprocess.Popen | None = None
 _again = "the same command"

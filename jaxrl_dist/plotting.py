@@ -144,19 +144,24 @@ def ranking(
 ) -> Figure:
     """Configurations of a study from best to worst, each with its interval: `table` is that of `sweeps.ranking`.
 
-    Only the best `most` are drawn; the note says of how many. path: as for `learning_curve`.
+    Only the best `most` are drawn; the note says of how many. Where halving stopped some earlier, each row says after
+    how many steps, and a colour stands for one rung. path: as for `learning_curve`.
     """
     shown = table.head(most)
     figure = _figure(width=7.2, height=1.4 + 0.32 * len(shown))
     axes = figure.subplots()
     _style(axes)
     heights = -np.arange(len(shown))
+    labels = ["  ".join(f"{field} {_value(row[field])}" for field in fields) for _, row in shown.iterrows()]
+    colours = [COLOURS[0]] * len(shown)
+    if "rung" in shown:
+        colours = [COLOURS[(table.rung.max() - rung) % len(COLOURS)] for rung in shown.rung]
+        stopped = map(EngFormatter(sep="").format_data, shown.env_steps)
+        labels = [f"{label}  ({steps} steps)" for label, steps in zip(labels, stopped, strict=True)]
     if "low" in shown:
-        axes.hlines(heights, shown.low, shown.high, color=COLOURS[0], linewidth=5, alpha=0.3)
-    axes.plot(shown[metric], heights, "o", color=COLOURS[0])
-    axes.set_yticks(
-        heights, ["  ".join(f"{field} {_value(row[field])}" for field in fields) for _, row in shown.iterrows()]
-    )
+        axes.hlines(heights, shown.low, shown.high, color=colours, linewidth=5, alpha=0.3)
+    axes.scatter(shown[metric], heights, color=colours)
+    axes.set_yticks(heights, labels)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel(metric.replace("_", " "))
     note = "interquartile mean over seeds, 95 % bootstrap interval" if "low" in shown else "one seed, so no interval"

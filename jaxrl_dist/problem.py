@@ -1,6 +1,7 @@
 """What is asked for: a run's options, and an algorithm on an environment with every setting checked."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -118,7 +119,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
         # A ring that never wraps holds the same rows at any larger size.
         config = dataclasses.replace(config, replay_capacity=max(options.total_steps, config.warmup_steps))
     if options.probe_support != "off":
-        config = _with_probed_support(config, env, env_params, options)
+        config = _with_probed_support(config, options)
     if options.data_parallel:
         _check_data_parallel(config, device_count(options))
     agent = make_agent(config, env, env_params)
@@ -166,13 +167,13 @@ def _check_data_parallel(config: Any, devices: int) -> None:
         )
 
 
-def _with_probed_support(config: Any, env, env_params, options: RunOptions) -> Any:
+def _with_probed_support(config: Any, options: RunOptions) -> Any:
     """The configuration with v_min and v_max that cover what a random policy sees (`--probe-support`)."""
     require(
         hasattr(config, "v_min"),
         f"--probe-support is {options.probe_support}; it is for algorithms with a fixed support (--v-min, --v-max)",
     )
-    rewards, ended = map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, options.seed))
+    rewards, ended = _random_rewards(options.env_id, options.env_options, options.seed)
     if options.probe_support == "rewards":
         # For as long as the discount lets rewards count, which is beyond any time limit: targets bootstrap there.
         require(config.discount < 1, "--probe-support is rewards; it needs --discount below 1")
@@ -190,6 +191,14 @@ def _with_probed_support(config: Any, env, env_params, options: RunOptions) -> A
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)
     require(low < high, f"--probe-support is {options.probe_support}, but random actions found no reward but {low:g}")
     return dataclasses.replace(config, v_min=low, v_max=high)
+
+
+@functools.lru_cache(maxsize=1)  # all configurations of a sweep ask for the same one
+def _random_rewards(env_id: str, env_options: tuple[str, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from jaxrl_dist import envs
+
+    env, env_params = envs.make(env_id, **_parse_env_options(env_options))
+    return tuple(map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, seed)))
 
 
 def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 32):

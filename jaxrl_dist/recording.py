@@ -55,7 +55,7 @@ class Recorder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.json`, in the order given: fields stay where their dataclass declares them."""
-        _replace(self.folder / "config.json", json.dumps(config, indent=2, default=_as_json, ensure_ascii=False) + "\n")
+        write_json(self.folder / "config.json", config)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows (one per log point and seed) to `metrics.csv`.
@@ -120,6 +120,11 @@ class Recorder:
                 self._tensorboard_writer.flush()
             if self._wandb_run:
                 self._wandb_run.log(scalars, step=env_steps)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as a whole or not at all; arrays, paths and dataclasses become lists, strings and objects."""
+    _replace(path, json.dumps(value, indent=2, default=_as_json, ensure_ascii=False) + "\n")
 
 
 class NoRecorder:

@@ -15,9 +15,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxrl_dist import hosts, interaction, plotting, portable, recording, reporting, statistics, training
-from jaxrl_dist.agent import ConfigurationError, option, require
+from jaxrl_dist.agent import Agent, ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.keys import is_key
 from jaxrl_dist.problem import Problem, RunOptions, action_bounds, device_count
 
 CHUNK_SECONDS = 0.5
+EVALUATIONS = 20  # of a run, unless --eval-every says otherwise
 CLIPPED_MASS_TO_WARN_OF = 0.05
 
 
@@ -40,18 +41,32 @@ class NonFiniteMetric(RuntimeError):
     """Training broke: a metric became NaN or infinite."""
 
 
-def train(problem: Problem, console: Console | None = None, programs: training.Programs | None = None) -> Path:
+class Leg(NamedTuple):
+    """A part of training, as a rung of successive halving is: it ends early, and may begin where others ended."""
+
+    last_iteration: int
+    sources: tuple[Path, ...] = ()
+    """finished run folders, in the order of their configurations, that hold the runs to go on with; none: begin anew"""
+
+
+def train(
+    problem: Problem,
+    console: Console | None = None,
+    programs: training.Programs | None = None,
+    leg: Leg | None = None,
+) -> Path:
     """Run training from its plan to its pictures; returns the run's folder.
 
     `programs`: those of an earlier run with the same shapes, so that nothing is compiled again; they get this run's
-    floats. Raises NonFiniteMetric when training breaks and KeyboardInterrupt after a clean stop by Ctrl-C; in both
-    cases all that was recorded stays, and the last good checkpoint with it.
+    floats. `leg`: the part of training to do, all of it by default. Raises NonFiniteMetric when training breaks and
+    KeyboardInterrupt after a clean stop by Ctrl-C; in both cases all that was recorded stays, and the last good
+    checkpoint with it.
     """
     console = console or Console(quiet=not hosts.is_first())
     hosts.require_same([dataclasses.asdict(x) for x in (problem.config, _without_place(problem.options))])
     folder = folder_of(problem.algorithm, problem.options)
     with claim(folder, problem.options):
-        return _Session(problem, folder, console, programs).run()
+        return _Session(problem, folder, console, programs, leg).run()
 
 
 def folder_of(algorithm: str, options: RunOptions) -> Path:
@@ -76,11 +91,25 @@ def make_programs(problem: Problem) -> training.Programs:
     )  # fmt: skip
 
 
+def leg_end(problem: Problem, env_steps: int) -> int:
+    """The iteration of the evaluation nearest to `env_steps`, 0 if that is before the first; of the total: the last."""
+    agent, options = problem.make_agent(problem.config, problem.env, problem.env_params), problem.options
+    if env_steps >= options.total_steps:
+        return training.iterations_for(agent, options.total_steps)
+    every = _interval(agent, options, options.eval_every, EVALUATIONS)
+    return max(0, round((env_steps - agent.warmup_steps) / agent.steps_per_iteration / every)) * every
+
+
+def _interval(agent: Agent, options: RunOptions, env_steps: int, default_parts: int) -> int:
+    """Iterations between two events, at least one; `env_steps` 0 divides the whole run into `default_parts`."""
+    return max(1, round((env_steps or options.total_steps / default_parts) / agent.steps_per_iteration))
+
+
 class _Session:
     """The run in one place: what the host keeps between chunks."""
 
-    def __init__(self, problem: Problem, folder: Path, console: Console, programs: training.Programs | None):
-        self.problem, self.folder, self.console = problem, folder, console
+    def __init__(self, problem: Problem, folder: Path, console: Console, programs, leg: Leg | None):
+        self.problem, self.folder, self.console, self.leg = problem, folder, console, leg
         options = self.options = problem.options
         seeds = np.arange(options.seed, options.seed + options.num_seeds)
         self.seeds = np.tile(seeds, max(1, len(problem.configurations)))
@@ -92,9 +121,9 @@ class _Session:
         self.programs = programs or make_programs(problem)
         self.programs.set_floats(problem.config)
         agent = self.agent = self.programs.agent
-        self.total_iterations = training.iterations_for(agent, options.total_steps)
-        self.eval_interval = self._interval(options.eval_every, 20)
-        self.checkpoint_interval = self._interval(options.checkpoint_every, 4)
+        self.total_iterations = leg.last_iteration if leg else training.iterations_for(agent, options.total_steps)
+        self.eval_interval = _interval(agent, options, options.eval_every, EVALUATIONS)
+        self.checkpoint_interval = _interval(agent, options, options.checkpoint_every, 4)
         run_keys = jax.vmap(training.run_keys)(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
         self.training_keys, self.evaluation_keys = run_keys
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=options.checkpoint_keep)
@@ -102,11 +131,6 @@ class _Session:
         self.interrupted = False  # a signal has come to this process
         self.stopped = False  # all processes have agreed to stop
         self.warned_of_clipping = False
-
-    def _interval(self, env_steps: int, default_parts: int) -> int:
-        """Iterations between two events, at least one; `env_steps` 0 divides the run into `default_parts`."""
-        env_steps = env_steps or self.options.total_steps / default_parts
-        return max(1, round(env_steps / self.agent.steps_per_iteration))
 
     def env_steps(self, iteration: int) -> int:
         """Environment steps of one run after `iteration` iterations."""
@@ -127,6 +151,7 @@ class _Session:
             )
         try:
             state, iteration = self._start(recorder)
+            self.before = (iteration, self.training_seconds)
             state, iteration = self._loop(state, iteration, recorder)
         finally:
             recorder.close()
@@ -187,9 +212,11 @@ class _Session:
                 recorder.truncate_after(-1)
                 self.checkpoints.remove_after(-1)
             recorder.write_config(self._description())
+            if self.leg and self.leg.sources:
+                return self._continue_from(self.leg.sources)
             return self.programs.begin(self.training_keys), 0
         saved = recording.read_config(self.folder)
-        self._require_same_settings(saved)
+        require_same_settings(saved, self._description())
         like = {"training": self.programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
         loaded = self.checkpoints.load(iteration, like)
         self.training_seconds = float(loaded["seconds"])
@@ -198,6 +225,32 @@ class _Session:
         self.checkpoints.remove_after(iteration)
         self.console.print(f"resumed at iteration {iteration} ({self.env_steps(iteration):,} env steps)")
         return loaded["training"], iteration
+
+    def _continue_from(self, sources: Sequence[Path]) -> tuple[training.Training, int]:
+        """The states of this wave's runs at the end of `sources`, whose other runs stay behind."""
+        like = self.programs.abstract_training
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # all runs may not fit a device
+        parts, found = [], []
+        for folder in sources:
+            there = recording.read_config(folder)["configurations"]
+            wanted = [number for number in there if number in self.problem.configurations]
+            if not wanted:
+                continue
+            seeds = range(self.options.num_seeds)
+            runs = np.array([there.index(number) * len(seeds) + seed for number in wanted for seed in seeds])
+            all_runs = len(there) * len(seeds)
+            abstract = jax.tree.map(
+                lambda x, runs=all_runs: jax.ShapeDtypeStruct((runs, *x.shape[1:]), x.dtype, sharding=host), like
+            )
+            checkpoints = Checkpoints(folder / "checkpoints")
+            iteration = checkpoints.newest()
+            seconds = jax.ShapeDtypeStruct((), np.float64)
+            loaded = checkpoints.load(iteration, {"training": abstract, "seconds": seconds})
+            parts.append(training.take_runs(loaded["training"], runs))
+            self.training_seconds = max(self.training_seconds, float(loaded["seconds"]))
+            found += wanted
+        require(tuple(found) == tuple(self.problem.configurations), f"{sources} hold the configurations {found}")
+        return training.join_runs(parts, loaded["training"], jax.tree.map(lambda x: x.sharding, like)), iteration
 
     def _iteration_to_resume(self) -> int | None:
         if self.options.resume == "auto":
@@ -214,21 +267,6 @@ class _Session:
         iteration = int(self.options.resume)
         require(iteration in found, f"--resume is {iteration}; the checkpoints are at iterations {found}")
         return iteration
-
-    def _require_same_settings(self, saved: dict[str, Any]) -> None:
-        fixed = (
-            "env_id", "env_options", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps",
-            "eval_states", "eval_rollouts",
-        )  # fmt: skip
-        now = self._description()
-        for group, names in (("config", now["config"]), ("options", fixed)):
-            for field in names:
-                before, given = saved[group].get(field), now[group][field]
-                before, given = (tuple(x) if isinstance(x, list | np.ndarray) else x for x in (before, given))
-                require(
-                    before == given,
-                    f"{option(field)} is {given}, but the run to resume was started with {before}; they must be equal",
-                )
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -389,9 +427,11 @@ class _Session:
         if not self.problem.configurations:  # a study prints its own
             reporting.print_results(self.console, self.seeds, self.last_returns)
         runs = len(self.runs)
-        seconds = max(self.training_seconds, 1e-9)
-        steps = iteration * self.agent.steps_per_iteration * runs
-        updates = iteration * self.agent.updates_per_iteration * runs
+        # Of this process alone: before a resume there may have been another machine, before a rung more runs.
+        seconds = max(self.training_seconds - self.before[1], 1e-9)
+        iterations = iteration - self.before[0]
+        steps = iterations * self.agent.steps_per_iteration * runs
+        updates = iterations * self.agent.updates_per_iteration * runs
         self.console.print(
             f"compiled in {self.compile_seconds:.1f} s, trained in {seconds:.1f} s, peak memory "
             f"{_megabytes(_peak_bytes())}; all {runs} run(s) together did {steps / seconds:,.0f} env steps/s and "
@@ -413,6 +453,22 @@ class _Session:
 
 
 # -- small things the host needs --------------------------------------------------------------------------------------
+
+
+def require_same_settings(saved: dict[str, Any], now: dict[str, Any], *more: str) -> None:
+    """Refuse to resume with other settings; `more`: options that must be equal besides those that always must."""
+    fixed = (
+        "env_id", "env_options", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps",
+        "eval_states", "eval_rollouts", *more,
+    )  # fmt: skip
+    for group, names in (("config", now["config"]), ("options", fixed)):
+        for field in names:
+            before, given = saved[group].get(field), now[group][field]
+            before, given = (tuple(x) if isinstance(x, list | np.ndarray) else x for x in (before, given))
+            require(
+                before == given,
+                f"{option(field)} is {given}, but the run to resume was started with {before}; they must be equal",
+            )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A study as a user sees it: every configuration of a sweep trained, one table, a ranking, and pictures in a folder.
 
     study.json            algorithm, command, options, the swept fields and all configurations, versions
+    waves.json            which configurations train together, so that a resumed study cuts them in the same way
     wave_00/ ...          an ordinary run folder per wave of configurations; its tables have a column `configuration`
     results.csv           the metrics of all waves in one table, with the swept fields as columns
     ranking.csv           a row per configuration, best first, with intervals
@@ -9,24 +10,34 @@
 
 A killed study continues with `--name NAME --resume auto`: finished waves are not trained again, and the one that was
 interrupted goes on from its newest checkpoint.
+
+Under successive halving (`--sweep-halving ETA`) the waves lie in `rung_0`, `rung_1`, ..., each with a `waves.json`.
+When all waves of a rung are finished, its best configurations are gathered out of their last checkpoints into fewer or
+smaller waves, and go on there as if nothing had happened: a run's random numbers do not depend on its neighbours, and
+evaluations, schedules and sizes are those of the whole budget. Each rung compiles programs for its number of runs.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import hosts, plotting, problem, recording, runner, sweeps
+from jaxrl_dist import hosts, plotting, problem, recording, runner, sweeps, training
 from jaxrl_dist.agent import require
 
 # Of the free memory; a compiled program also needs room for its temporaries.
 MEMORY_TO_FILL = 0.5
+# Compiled programs stay in memory for waves of the same group and size to come.
+PROGRAMS_KEPT = 8
 SHOWN_ROWS = 20
+NO_SWEEP = sweeps.SweepOptions()
 
 
 def train(
@@ -36,52 +47,128 @@ def train(
     options: problem.RunOptions,
     found: Sequence[Mapping[str, Any]],
     console: Console,
+    sweep: sweeps.SweepOptions = NO_SWEEP,
 ) -> Path:
-    """Train every configuration (`found`: the fields in which each differs from `config`) with all seeds.
+    """Train configurations (`found`: the fields in which each differs from `config`) with all seeds.
 
-    Returns the study's folder. Every configuration is checked before anything compiles. Raises as `runner.train` does;
-    what was trained until then stays.
+    `sweep` says whether all are trained to the end. Returns the study's folder. Every configuration is checked before
+    anything compiles. Raises as `runner.train` does; what was trained until then stays.
     """
     options = dataclasses.replace(options, plots=False)
-    problems = [
-        problem.prepare(algorithm, make_agent, dataclasses.replace(config, **fields), options) for fields in found
-    ]
+    problems = {
+        number: problem.prepare(algorithm, make_agent, dataclasses.replace(config, **fields), options)
+        for number, fields in enumerate(found)
+    }
+    rungs = sweeps.rungs(len(found), options.total_steps, sweep)
+    ends = _iterations(problems, rungs, sweep)
     folder = runner.folder_of(algorithm, options)
     with runner.claim(folder, options, record="study.json"):
-        hosts.by_first(lambda: _write_or_compare(folder, algorithm, options, config, found))
-        waves = _waves(problems, options.num_seeds)
-        _print_plan(console, folder, found, options, waves)
-        programs, shapes = None, None
-        for index, wave in enumerate(waves):
-            name = f"wave_{index:02d}"
-            if hosts.by_first((folder / name / "finished").exists):
-                console.print(f"[bold]{name}[/bold] is finished already")
-                continue
-            numbers = ", ".join(map(str, wave.numbers))
-            console.print(f"[bold]{name}[/bold] of {len(waves)}: configurations {numbers}")
-            wave_options = dataclasses.replace(options, name=f"{folder.name}/{name}", resume=options.resume and "auto")
-            one = problems[wave.numbers[0]]._replace(
-                config=wave.config, options=wave_options, configurations=wave.numbers
-            )
-            # The next wave of the same group and size takes the programs that are compiled already.
-            if shapes != (shapes := (len(wave.numbers), sweeps.static_fields(wave.config))):
-                programs = runner.make_programs(one)
-            runner.train(one, console, programs)
-            hosts.by_first((folder / name / "finished").touch)
+        about = {
+            "fields": list(dict.fromkeys(field for values in found for field in values)),
+            "configurations": [{"configuration": number, **values} for number, values in enumerate(found)],
+            "rungs": [rung._asdict() for rung in rungs] if len(rungs) > 1 else [],
+        }
+        hosts.by_first(lambda: write_or_compare(folder, algorithm, options, config, about, "configurations", "rungs"))
+        _print_plan(console, folder, problems, rungs, options)
+        study, numbers, sources = Waves(folder, problems, options, console), list(problems), ()
+        for index, rung in enumerate(rungs):
+            if index > 0:
+                numbers = sweeps.best(metrics_of(sources), rung.size)
+                console.print(f"[bold]rung {index}[/bold]: {rung.size} of {rungs[index - 1].size} configurations go on")
+            waves = study.cut(f"rung_{index}" if len(rungs) > 1 else "", numbers)
+            for path, wave in waves.items():
+                study.train(path, wave, runner.Leg(ends[wave.numbers[0]][index], sources) if ends else None)
+            sources = tuple(waves)
         hosts.by_first(lambda: collect(folder, console))
     return folder
+
+
+class Waves:
+    """Trains configurations of a study wave by wave; keeps what is compiled for waves to come."""
+
+    def __init__(
+        self, folder: Path, problems: Mapping[int, problem.Problem], options: problem.RunOptions, console: Console
+    ):
+        self.folder, self.problems, self.options, self.console = folder, problems, options, console
+        self.programs = {}
+
+    def recorded(self, part: str) -> list[int]:
+        """The configurations that were cut into waves in the subfolder `part` before a resume; none if it is new."""
+        return [number for wave in self._record(part) for number in wave]
+
+    def cut(self, part: str, numbers: Sequence[int]) -> dict[Path, sweeps.Wave]:
+        """The waves of the configurations `numbers` (ascending) and their run folders in the subfolder `part`.
+
+        They are cut by the memory that is free, or as they were before a resume.
+        """
+        seeds, cut = self.options.num_seeds, hosts.by_first(lambda: self._record(part))
+        if cut:
+            found = [(wave, [self.problems[number].config for number in wave]) for wave in cut]
+            waves = [sweeps.Wave(tuple(wave), sweeps.stacked(configs, seeds)) for wave, configs in found]
+        else:
+            configs = [self.problems[number].config for number in numbers]
+            waves = sweeps.waves(configs, seeds, self._largest(numbers))
+            waves = [wave._replace(numbers=tuple(numbers[place] for place in wave.numbers)) for wave in waves]
+            hosts.by_first(lambda: self._write_record(part, waves))
+        return {self.folder / part / f"wave_{index:02d}": wave for index, wave in enumerate(waves)}
+
+    def train(self, path: Path, wave: sweeps.Wave, leg: runner.Leg | None = None) -> None:
+        """Train one wave in its run folder, unless that is finished."""
+        name = path.relative_to(self.folder).as_posix()
+        if hosts.by_first((path / "finished").exists):
+            self.console.print(f"[bold]{name}[/bold] is finished already")
+            return
+        self.console.print(f"[bold]{name}[/bold]: configurations {', '.join(map(str, wave.numbers))}")
+        options = dataclasses.replace(
+            self.options, name=f"{self.folder.name}/{name}", resume=self.options.resume and "auto"
+        )
+        one = self.problems[wave.numbers[0]]._replace(config=wave.config, options=options, configurations=wave.numbers)
+        runner.train(one, self.console, self._programs_for(one), leg)
+        hosts.by_first((path / "finished").touch)
+
+    def _write_record(self, part: str, waves: Sequence[sweeps.Wave]) -> None:
+        (self.folder / part).mkdir(exist_ok=True)
+        recording.write_json(self.folder / part / "waves.json", [wave.numbers for wave in waves])
+
+    def _record(self, part: str) -> list[list[int]]:
+        record = self.folder / part / "waves.json"
+        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+
+    def _programs_for(self, one: problem.Problem) -> training.Programs:
+        """Waves of the same group and size share programs, whichever rung they belong to."""
+        key = (len(one.configurations), sweeps.static_fields(one.config))
+        if key not in self.programs:
+            if len(self.programs) == PROGRAMS_KEPT:
+                del self.programs[next(iter(self.programs))]
+            self.programs[key] = runner.make_programs(one)
+        return self.programs[key]
+
+    def _largest(self, numbers: Sequence[int]) -> dict[Any, int]:
+        """For each group of static fields, how many configurations fit into memory at once."""
+        available, largest = runner.available_bytes(), {}
+        for number in numbers:
+            one = self.problems[number]
+            key = sweeps.static_fields(one.config)
+            if available is None:
+                largest[key] = len(numbers)
+            elif key not in largest:
+                agent = one.make_agent(one.config, one.env, one.env_params)
+                run = jax.eval_shape(functools.partial(training.begin, agent), jax.random.key(0))
+                needed = runner.bytes_of(run) * self.options.num_seeds
+                largest[key] = max(1, int(available * MEMORY_TO_FILL / needed))
+        return largest
 
 
 def collect(folder: Path, console: Console, metric: str = "evaluation_return", out: Path | None = None) -> None:
     """The table of all finished waves, the ranking and the pictures; `out` is the picture of the ranking."""
     study = read(folder)
     fields = study["fields"]
-    frames = [recording.read_metrics(wave) for wave in sorted(folder.glob("wave_*")) if (wave / "finished").exists()]
-    require(bool(frames), f"STUDY is {folder}, of which no wave is finished yet")
+    finished = sorted(mark.parent for pattern in ("", "*/") for mark in folder.glob(f"{pattern}wave_*/finished"))
+    require(bool(finished), f"STUDY is {folder}, of which no wave is finished yet")
     table = pd.DataFrame(study["configurations"])
     for field in fields:
         table[field] = [sweeps.shown(x) if isinstance(x, list | bool) else x for x in table[field]]
-    results = pd.concat(frames).merge(table, on="configuration")
+    results = metrics_of(finished).merge(table, on="configuration")
     require(metric in results, f"--metric is {metric!r}; the study has {', '.join(results.columns)}")
     results.to_csv(folder / "results.csv", index=False)
     ranking = sweeps.ranking(results, fields, metric)
@@ -89,8 +176,24 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     _print_ranking(console, study, ranking, metric)
     title = f"{study['algorithm'].upper()} on {study['options']['env_id']}"
     plotting.ranking(ranking, fields, out or folder / "ranking.png", title=title, metric=metric)
-    plotting.response(ranking, fields, folder / "response.png", title=title, metric=metric)
+    equal = ranking
+    if "rung" in results:  # all configurations after the same training: at the end of the first rung
+        equal = sweeps.ranking(results[results.rung == 0], fields, metric)
+        title = f"{title}, after {equal.env_steps.max():,} env steps"
+    plotting.response(equal, fields, folder / "response.png", title=title, metric=metric)
     console.print(f"results in {folder}")
+
+
+def metrics_of(waves: Sequence[Path]) -> pd.DataFrame:
+    """The metrics of several waves in one table, under successive halving with the number of the `rung`."""
+    frames = []
+    for wave in waves:
+        frame = recording.read_metrics(wave)
+        kind, _, number = wave.parent.name.partition("_")
+        if kind == "rung":
+            frame.insert(0, "rung", int(number))
+        frames.append(frame)
+    return pd.concat(frames)
 
 
 def is_study(folder: Path) -> bool:
@@ -102,45 +205,63 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "study.json").read_text(encoding="utf-8"))
 
 
+def write_or_compare(
+    folder: Path, algorithm: str, options: problem.RunOptions, config: Any, about: Mapping[str, Any], *equal: str
+) -> None:
+    """Write `study.json`, or refuse to resume what was started otherwise; `equal`: entries of `about` to compare."""
+    description = {
+        "algorithm": algorithm, "command": recording.command_line(), **about,
+        "config": dataclasses.asdict(config), "options": dataclasses.asdict(options), "versions": recording.versions(),
+    }  # fmt: skip
+    if not is_study(folder):
+        recording.write_json(folder / "study.json", description)
+        return
+    before, as_written = read(folder), json.loads(json.dumps(description))
+    runner.require_same_settings(before, as_written, "total_steps", "probe_support")
+    for name in equal:
+        require(
+            before.get(name) == as_written[name],
+            f"--resume is {options.resume!r}, but {folder} was started with {len(before.get(name) or ())} other "
+            f"{name}; they must be equal",
+        )
+
+
 # -- small things -----------------------------------------------------------------------------------------------------
 
 
-def _write_or_compare(folder: Path, algorithm, options, config, found) -> None:
-    fields = list(dict.fromkeys(field for values in found for field in values))
-    description = {
-        "algorithm": algorithm, "command": recording.command_line(), "fields": fields,
-        "configurations": [{"configuration": number, **values} for number, values in enumerate(found)],
-        "config": dataclasses.asdict(config), "options": dataclasses.asdict(options), "versions": recording.versions(),
-    }  # fmt: skip
-    as_written = json.loads(json.dumps(description))
-    if is_study(folder):
-        before = read(folder)
-        require(
-            before["configurations"] == as_written["configurations"],
-            f"--resume is {options.resume!r}, but {folder} was started with {len(before['configurations'])} other "
-            "configurations; they must be equal",
-        )
-    else:
-        (folder / "study.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+def _iterations(
+    problems: Mapping[int, problem.Problem], rungs: Sequence[sweeps.Rung], sweep: sweeps.SweepOptions
+) -> dict[int, list[int]]:
+    """The iteration at which each rung ends for every configuration, an evaluation; none without halving."""
+    by_group = {}
+    for one in problems.values() if len(rungs) > 1 else ():
+        key = sweeps.static_fields(one.config)
+        if key in by_group:
+            continue
+        ends = by_group[key] = [runner.leg_end(one, rung.env_steps) for rung in rungs]
+        for index, (before, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            require(
+                before < end,
+                f"--sweep-halving is {sweep.sweep_halving} with {len(rungs)} rungs, of which rung {index} ends at "
+                f"{rungs[index].env_steps:,} env steps: too early for an evaluation of its own after the "
+                f"{one.config.warmup_steps:,} steps of the warm-up; lower --sweep-rungs, --eval-every or "
+                "--warmup-steps, or raise --total-steps",
+            )
+    return {number: by_group[sweeps.static_fields(one.config)] for number, one in problems.items() if by_group}
 
 
-def _waves(problems: Sequence[problem.Problem], num_seeds: int) -> list[sweeps.Wave]:
-    configs = [one.config for one in problems]
-    available, largest = runner.available_bytes(), {}
-    for number, config in enumerate(configs):
-        key = sweeps.static_fields(config)
-        if key not in largest:
-            needed = runner.bytes_of(runner.make_programs(problems[number]).abstract_training)
-            largest[key] = len(configs) if available is None else max(1, int(available * MEMORY_TO_FILL / needed))
-    return sweeps.waves(configs, num_seeds, largest)
-
-
-def _print_plan(console: Console, folder: Path, found, options, waves: Sequence[sweeps.Wave]) -> None:
-    groups = len({sweeps.static_fields(wave.config) for wave in waves})
+def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps.Rung], options) -> None:
+    groups = len({sweeps.static_fields(one.config) for one in problems.values()})
     console.print(
-        f"[bold]study[/bold] of {len(found)} configurations with {options.num_seeds} seeds each: "
-        f"{len(found) * options.num_seeds} runs in {groups} compiled program(s) and {len(waves)} wave(s), in {folder}"
+        f"[bold]study[/bold] of {len(problems)} configurations with {options.num_seeds} seeds each: "
+        f"{len(problems) * options.num_seeds} runs in {groups} group(s) that share a compiled program, in {folder}"
     )
+    if len(rungs) > 1:
+        stages = ", ".join(f"{rung.size} until {rung.env_steps:,}" for rung in rungs)
+        steps = [0, *(rung.env_steps for rung in rungs)]
+        part = sum(rung.size * (rung.env_steps - before) for rung, before in zip(rungs, steps, strict=False))
+        part /= rungs[0].size * options.total_steps
+        console.print(f"successive halving: {stages} env steps, {part:.0%} of training all to the end")
 
 
 def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str) -> None:
@@ -149,10 +270,13 @@ def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFram
     for column in ranking.columns:
         table.add_column(column, justify="right")
     for _, row in ranking.head(SHOWN_ROWS).iterrows():
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+        table.add_row(*("" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
     console.print(table)
     if len(ranking) > SHOWN_ROWS:
         console.print(f"{len(ranking) - SHOWN_ROWS} more in ranking.csv")
     best = ranking.iloc[0]
-    sure = f", first in {best['best']:.0%} of bootstrap resamples" if "best" in ranking else ""
+    sure = f", first in {best['best']:.0%} of bootstrap resamples" if best.get("best", float("nan")) >= 0 else ""
+    if "rung" in ranking:
+        furthest = (ranking.rung == ranking.rung.max()).sum()
+        sure += f"; {furthest} of {len(ranking)} configurations came as far"
     console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}")

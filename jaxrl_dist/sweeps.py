@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 
 from jaxrl_dist import statistics
-from jaxrl_dist.agent import option, require
+from jaxrl_dist.agent import Count, Natural, check_configuration, option, require
 
 PREFIX = "--sweep."
 
@@ -29,10 +30,23 @@ class SweepOptions:
 
     sweep_file: str = ""
     """CSV file with a row per configuration and a column per field, instead of or beside --sweep.FIELD"""
-    sweep_samples: int = 0
+    sweep_samples: Natural = 0
     """0: every combination of the values (a grid); above: so many random ones, ranges drawn between their ends"""
-    sweep_seed: int = 0
-    """seed of the random combinations"""
+    sweep_seed: Natural = 0
+    """seed of the random combinations, or of Optuna's proposals"""
+
+    sweep_halving: Natural = 0
+    """successive halving: train in rungs, after each of which the best 1/ETA of the configurations go on and the others
+    stop; a rung's budget is ETA times that of the one before, the last has --total-steps; 0: all are trained to the end
+    """
+    sweep_rungs: Natural = 0
+    """rungs of successive halving; 0: as many as leave a single configuration"""
+
+    sweep_optuna: Natural = 0
+    """configurations that Optuna proposes (its TPE sampler) out of the values and ranges of --sweep.FIELD, each after
+    seeing how the earlier ones scored; 0: off"""
+    sweep_parallel: Count = 1
+    """proposals that Optuna makes at once; those that differ in floats alone train as one wave"""
 
 
 class Range(NamedTuple):
@@ -144,7 +158,6 @@ def _value(name: str, hint: type, word: str) -> Any:
 
 def combine(axes: Mapping[str, Axis], options: SweepOptions) -> list[dict[str, Any]]:
     """All configurations, each as the fields that differ from the base: a grid, or `sweep_samples` random ones."""
-    require(options.sweep_samples >= 0, f"--sweep-samples is {options.sweep_samples}; it must be 0 or more")
     if options.sweep_samples == 0:
         grids = [axis.grid() if isinstance(axis, Range) else axis for axis in axes.values()]
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*grids)]
@@ -166,10 +179,41 @@ def from_file(config_type: type, path: Path) -> list[dict[str, Any]]:
     return [{field: columns[field][row][0] for field in table} for row in range(len(table))]
 
 
+def check(options: SweepOptions) -> None:
+    """Refuse numbers out of range and options that exclude each other; ConfigurationError names them."""
+    check_configuration(options)
+    eta = options.sweep_halving
+    for name, value in (("--sweep-halving", eta), ("--sweep-optuna", options.sweep_optuna)):
+        require(
+            value == 0 or jax.process_count() == 1,
+            f"{name} is {value}, but there are {jax.process_count()} processes; it needs a single one",
+        )
+    require(eta != 1, "--sweep-halving is 1; it must be 0 (off) or at least 2: the best 1/ETA go on")
+    require(
+        options.sweep_rungs == 0 or eta > 0,
+        f"--sweep-rungs is {options.sweep_rungs}; it needs --sweep-halving ETA",
+    )
+    require(options.sweep_rungs != 1, "--sweep-rungs is 1; it must be 0 (automatic) or at least 2, or nothing is cut")
+    trials = options.sweep_optuna
+    require(
+        options.sweep_parallel == 1 or trials > 0,
+        f"--sweep-parallel is {options.sweep_parallel}; it needs --sweep-optuna TRIALS",
+    )
+    for name, value in (
+        ("--sweep-halving", eta), ("--sweep-samples", options.sweep_samples), ("--sweep-file", options.sweep_file),
+    ):  # fmt: skip
+        require(
+            not (trials and value),
+            f"--sweep-optuna is {trials} and {name} is {value}; Optuna proposes its own configurations and trains them "
+            "to the end, so give one of the two",
+        )
+
+
 def configurations(
     config_type: type, swept: Mapping[str, Sequence[str]], options: SweepOptions
 ) -> list[dict[str, Any]]:
     """Everything that the command line asks for; rows of a file are combined with the values of other fields."""
+    check(options)
     axes = parse(config_type, swept, random=options.sweep_samples > 0)
     found = combine(axes, options) if axes else [{}]
     if options.sweep_file:
@@ -226,6 +270,45 @@ def stacked(configs: Sequence[Any], num_seeds: int) -> Any:
     return dataclasses.replace(configs[0], **floats)
 
 
+# -- successive halving -----------------------------------------------------------------------------------------------
+
+
+class Rung(NamedTuple):
+    """A stage of training: how many configurations take part, and at how many env steps it ends."""
+
+    size: int
+    env_steps: int
+
+
+def rungs(count: int, total_steps: int, options: SweepOptions) -> list[Rung]:
+    """The stages of training for `count` configurations: one without halving, else ever fewer and longer ones.
+
+    Each keeps the best 1/eta of the one before (rounded down, at least one), and the last ends at `total_steps`.
+    Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", arXiv
+    1502.07943, in the form with a factor eta of Li et al., "Hyperband", arXiv 1603.06560 (algorithm 1, one bracket).
+    """
+    eta, wanted = options.sweep_halving, options.sweep_rungs
+    if not eta:
+        return [Rung(count, total_steps)]
+    require(count >= 2, f"--sweep-halving is {eta}, but there is {count} configuration; it needs at least 2")
+    sizes = [count]
+    while sizes[-1] > 1 and len(sizes) != wanted:
+        sizes.append(max(1, sizes[-1] // eta))
+    require(
+        wanted <= len(sizes),
+        f"--sweep-rungs is {wanted}; with {count} configurations and --sweep-halving {eta} one is left after "
+        f"{len(sizes)} rungs",
+    )
+    return [Rung(size, round(total_steps / eta ** (len(sizes) - 1 - index))) for index, size in enumerate(sizes)]
+
+
+def best(results: pd.DataFrame, count: int) -> list[int]:
+    """Numbers of the `count` configurations with the best last evaluation, ascending; of equals the first numbers."""
+    scores = _last_scores(results, "evaluation_return")
+    order = np.argsort(-statistics.interquartile_mean(scores.values, axis=1), kind="stable")
+    return sorted(int(number) for number in scores.index[order[:count]])
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -234,20 +317,40 @@ def ranking(results: pd.DataFrame, fields: Sequence[str], metric: str = "evaluat
 
     `low` and `high` are the 95 % bootstrap interval over seeds; `best` is the part of bootstrap resamples (of the seeds
     of every configuration) in which the configuration comes first: how sure the choice is.
+
+    Under successive halving (`results` with a column `rung`) those that came further stand first, whatever their
+    scores, since scores after unequal training do not compare; `rung` and `env_steps` say how far that was. `best` is
+    then among those of the last rung, and empty for the others and where only one is left.
     """
-    last = results[results.env_steps == results.groupby("configuration").env_steps.transform("max")]
-    scores = last.pivot(index="configuration", columns="seed", values=metric)
-    rows = last.drop_duplicates("configuration").set_index("configuration")[list(fields)].sort_index()
+    scores = _last_scores(results, metric)
+    further = ["rung", "env_steps"] if "rung" in results else []
+    last = results.sort_values("env_steps").drop_duplicates("configuration", keep="last").set_index("configuration")
+    rows = last[[*further, *fields]].sort_index()
     rows[metric] = statistics.interquartile_mean(scores.values, axis=1)
     seeds = scores.shape[1]
     if seeds > 1:
         intervals = [statistics.bootstrap_interval(row) for row in scores.values]
         rows["low"], rows["high"] = np.transpose(intervals)
+        compared = (rows.rung == rows.rung.max()).to_numpy() if further else np.full(len(rows), True)
         chosen = np.random.default_rng(0).integers(seeds, size=(1_000, len(scores), seeds))
         resampled = np.take_along_axis(scores.values[None], chosen, axis=2)
-        winners = statistics.interquartile_mean(resampled, axis=2).argmax(1)
-        rows["best"] = np.bincount(winners, minlength=len(scores)) / 1_000
-    return rows.sort_values(metric, ascending=False).reset_index()
+        winners = statistics.interquartile_mean(resampled[:, compared], axis=2).argmax(1)
+        rows["best"] = np.nan
+        if compared.sum() > 1 or compared.all():
+            rows.loc[compared, "best"] = np.bincount(winners, minlength=compared.sum()) / 1_000
+    return rows.sort_values([*further[:1], metric], ascending=False, kind="stable").reset_index()
+
+
+def score(results: pd.DataFrame, configuration: int) -> float:
+    """The interquartile mean over seeds of one configuration's last evaluation."""
+    scores = _last_scores(results, "evaluation_return").loc[configuration]
+    return float(statistics.interquartile_mean(scores.values))
+
+
+def _last_scores(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The metric at each configuration's own last evaluation, `[configurations, seeds]`."""
+    last = results[results.env_steps == results.groupby("configuration").env_steps.transform("max")]
+    return last.pivot(index="configuration", columns="seed", values=metric)
 
 
 def shown(value: Any) -> str:

@@ -6,7 +6,7 @@ between which the host records, checkpoints and stops.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -340,6 +340,16 @@ def _devices(num_runs: int, max_devices: int | None, data_parallel: bool) -> lis
         most = min(count, num_runs // processes)
         count = max(n for n in range(1, most + 1) if num_runs % (n * processes) == 0)
     return [device for devices in of_each for device in devices[:count]]
+
+
+def take_runs(tree: Any, runs: np.ndarray) -> Any:
+    """Some runs of a tree whose arrays have the axis `runs` first, on the host; typed keys as their raw data."""
+    return jax.tree.map(lambda x: np.asarray(x)[runs], _plain(tree))
+
+
+def join_runs(parts: Sequence[Any], like: Any, shardings: Any) -> Any:
+    """The runs of all `parts` (`take_runs`) in turn, spread over devices; `like` says which of the arrays are keys."""
+    return jax.device_put(_keyed(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), like), shardings)
 
 
 def _fastest_mode(config: Any) -> RunsMode:

@@ -295,6 +295,26 @@ def test_probed_support_covers_what_random_actions_find(probe):
         assert found.v_min == pytest.approx(1 - 0.5 * (highest - 1), rel=1e-4)
 
 
+def test_configurations_of_a_sweep_are_probed_once(monkeypatch):
+    probed, rollout = [], problem._random_rollout
+
+    def counted(*arguments):
+        probed.append(arguments[0])
+        return rollout(*arguments)
+
+    monkeypatch.setattr(problem, "_random_rollout", counted)
+    problem._random_rewards.cache_clear()
+    options = dataclasses.replace(OPTIONS, env_id="CartPole-v1", env_options=(), total_steps=100)
+    options = dataclasses.replace(options, probe_support="rewards")
+    config = c51.Config(warmup_steps=32, batch_size=8, discount=0.9)
+    other = dataclasses.replace(config, discount=0.5)
+    highest = [problem.prepare("c51", c51.make_agent, one, options).config.v_max for one in (config, other)]
+    assert highest == pytest.approx([10, 2])
+    assert len(probed) == 1
+    problem.prepare("c51", c51.make_agent, config, dataclasses.replace(options, seed=options.seed + 1))
+    assert len(probed) == 2, "another seed, another rollout"
+
+
 def test_support_without_rewards_is_refused():
     options = dataclasses.replace(
         OPTIONS, env_id="MountainCar-v0", env_options=(), total_steps=100, probe_support="returns"

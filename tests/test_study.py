@@ -142,6 +142,17 @@ def test_every_configuration_is_checked_before_anything_compiles(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_waves_fill_half_of_the_free_memory(monkeypatch, tmp_path):
+    """Predicted without building programs, and equal to what the programs of one configuration need."""
+    one = problem.prepare("tqc", tqc.make_agent, CONFIG, OPTIONS)
+    needed = runner.bytes_of(runner.make_programs(one).abstract_training)
+    waves = study.Waves(tmp_path, dict(enumerate([one] * 9)), OPTIONS, Console(quiet=True))
+    monkeypatch.setattr(runner, "make_programs", lambda *_: pytest.fail("builds programs"))
+    for free, sizes in ((8 * needed, [3, 3, 3]), (8 * needed - 1, [3, 3, 3]), (10 * needed, [5, 4]), (None, [9])):
+        monkeypatch.setattr(runner, "available_bytes", lambda free=free: free)
+        assert [len(wave.numbers) for wave in waves.cut(f"{free}", range(9)).values()] == sizes
+
+
 def test_a_study_is_plotted_by_its_folder(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
     out = tmp_path / "picture.png"

@@ -1,10 +1,14 @@
-"""A toy environment whose every number is known, in gymnax's contract but without its code."""
+"""A toy environment whose every number is known, in gymnax's contract but without its code; and a toy learner."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from gymnax.environments import spaces
+
+from jaxrl_dist import experience, runner, sweeps
+from jaxrl_dist.agent import Agent, Count, Positive, Real, configuration, continuous_action_size, require
+from jaxrl_dist.interaction import average
 
 
 class ToyParams(NamedTuple):
@@ -61,3 +65,66 @@ class Toy:
 
     def observe(self, state):
         return jnp.stack([state.label, state.time, state.length]).astype(jnp.float32)
+
+
+# -- a learner that compiles in no time, for tests of what stands around one -------------------------------------------
+
+
+@configuration
+class LearnerConfig:
+    push: Real = 0.0
+    """where its actions begin"""
+    learning_rate: Positive = 0.1
+    width: Count = 1
+    warmup_steps: Count = 8
+    replay_capacity: Count = 64
+    num_envs: Count = 2
+
+
+class LearnerState(NamedTuple):
+    weights: jax.Array
+    experience: Any
+    key: jax.Array
+
+
+def make_learner(config, env, env_params) -> Agent:
+    """Predicts rewards linearly and acts by one of the weights, `width` of them equal; continuous actions."""
+    require(config.width < 9, f"--width is {config.width}; it must be below 9")
+    size = continuous_action_size(env, env_params)
+
+    def action(weights, observation):
+        return jnp.tanh(jnp.full((observation.shape[0], size), weights.mean()))
+
+    def init(key):
+        key, warmup_key = jax.random.split(key)
+        filled = experience.warm_up(
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=config.warmup_steps,
+            capacity=config.replay_capacity, normalize_observations=False,
+        )  # fmt: skip
+        return LearnerState(jnp.full(config.width, config.push, jnp.float32), filled, key)
+
+    def step(state):
+        key, noise_key, step_key, sample_key = jax.random.split(state.key, 4)
+        chosen = action(state.weights, state.experience.interaction.observation)
+        chosen += 0.1 * jax.random.normal(noise_key, chosen.shape)
+        lived, _, metrics = experience.collect(env, env_params, state.experience, chosen, step_key)
+        batch = experience.sample(lived, sample_key, 4)
+        moved = state.weights + config.learning_rate * (batch.reward * batch.action[:, 0]).mean()
+        return LearnerState(moved, lived, key), metrics | {"weight": average(moved)}
+
+    return Agent(
+        init, step, lambda state, observation, key: action(state.weights, observation), None, None,
+        lambda state: {"weights": state.weights},
+        warmup_steps=config.warmup_steps, steps_per_iteration=config.num_envs, updates_per_iteration=1,
+    )  # fmt: skip
+
+
+def share_programs(monkeypatch) -> None:
+    """Let studies with the same options share what is compiled, as the waves of one study do."""
+    make, made = runner.make_programs, {}
+
+    def shared(one):
+        key = (len(one.configurations), sweeps.static_fields(one.config), one.options.runs_mode)
+        return made[key] if key in made else made.setdefault(key, make(one))
+
+    monkeypatch.setattr(runner, "make_programs", shared)

@@ -247,6 +247,22 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_both(worked):
 
 
 @pytest.mark.slow
+def test_two_processes_split_one_run_as_two_devices_do(cache, tmp_path):
+    split = ["--data-parallel", "True", "--num-seeds", "1", "--total-steps", "232"]
+    two = start_two(cache, tmp_path / "two", *split)
+    whole = ["-c", COMMAND, "train", "c51", *ARGUMENTS, "--runs-folder", str(tmp_path / "one"), *split]
+    said = outputs([*two, *start(cache, 2, [whole])])
+    assert [process.returncode for process in two] == [0, 0], said
+    found, expected = (
+        recording.read_metrics(tmp_path / name / "c51" / "CartPole-v1" / "run") for name in ("two", "one")
+    )
+    assert "on 2 cpu device(s) of 2 processes" in said[0]
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), rtol=1e-3)
+    for name in ("two", "one"):
+        assert len(list((tmp_path / name).rglob("*.npz"))) == 1
+
+
+@pytest.mark.slow
 def test_an_error_ends_both_tasks_of_slurm_with_its_exit_code(cache, tmp_path, monkeypatch):
     """The tasks meet through the variables that `srun` sets."""
     for name, value in {

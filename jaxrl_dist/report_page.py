@@ -80,7 +80,7 @@ p, ul { margin: .5rem 0; max-width: 48rem; }
 .box { overflow-x: auto; max-width: 100%; margin: .75rem 0; }
 .box:focus-visible, summary:focus-visible { outline: 2px solid var(--curve-0); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-caption { caption-side: bottom; text-align: left; padding: .4rem 0; }
+caption { caption-side: bottom; text-align: left; padding: .4rem 0; max-width: calc(100vw - 2.5rem); }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap;
   vertical-align: top; }
 th { font-weight: 600; }

@@ -179,7 +179,7 @@ def response(
     """
     columns = min(len(fields), 3)
     rows = math.ceil(len(fields) / columns)
-    figure = _figure(width=max(3.4 * columns, 5.0), height=2.7 * rows + 0.9)
+    figure = _figure(width=max(3.4 * columns, 6.2), height=2.7 * rows + 0.9)  # at least as wide as the note
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes, field in zip(panels, fields, strict=False):
         _style(axes)

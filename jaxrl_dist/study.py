@@ -269,7 +269,7 @@ def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFram
     table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds")
     for column in ranking.columns:
         table.add_column(column, justify="right")
-    for _, row in ranking.head(SHOWN_ROWS).iterrows():
+    for row in ranking.head(SHOWN_ROWS).itertuples(index=False):
         table.add_row(*("" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
     console.print(table)
     if len(ranking) > SHOWN_ROWS:

@@ -6,7 +6,7 @@ the runner of the command line. What is committed per pair is what `jaxrl-dist r
 row per evaluation episode and seed), `ENVIRONMENT/metrics/AGENT.csv` and `ENVIRONMENT/AGENT.json` (command,
 configuration, versions, date); then the page itself, `report.html`.
 
-    python experiments/study/run.py                                       # about 20 minutes on 2 cores
+    python experiments/study/run.py                                       # about half an hour on 2 cores
     jaxrl-dist report experiments/study/*/*.json --normalize experiments/study/returns.json --out report.html
 """
 

@@ -145,16 +145,16 @@ def device_count(options: RunOptions) -> int:
         f"--devices is {options.devices}; it must be all or a number from {processes} to {there}, the devices that "
         "there are",
     )
+    count = there if options.devices == "all" else int(options.devices)
     if options.data_parallel:
-        count = there if options.devices == "all" else int(options.devices)
         require(count % processes == 0, f"--devices is {count}; it must be a multiple of the {processes} processes")
-        return count
-    require(
-        options.num_seeds % processes == 0,
-        f"--num-seeds is {options.num_seeds}; with {processes} processes it must be a multiple of {processes}, so "
-        "that each of them holds some",
-    )
-    return there if options.devices == "all" else int(options.devices)
+    else:
+        require(
+            options.num_seeds % processes == 0,
+            f"--num-seeds is {options.num_seeds}; with {processes} processes it must be a multiple of {processes}, so "
+            "that each of them holds some",
+        )
+    return count
 
 
 def _check_data_parallel(config: Any, devices: int) -> None:

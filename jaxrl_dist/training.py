@@ -223,9 +223,9 @@ class Programs:
             )
             return jax.jit(sharded, donate_argnums=0 if donate else ())
 
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
         self._training_sharding = self.sharding
         if data_parallel:
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
             self._training_sharding = _rows_split(program(_begin, 2).eval_shape(self.configs, keys), mesh)
         self._begin = program(_begin, 2, out=self._training_sharding)
         self._advance = program(_advance, 2, shared=1, donate=True, out=self._training_sharding)

@@ -1,14 +1,11 @@
 """One run split over eight devices is the run on one device, and each device does its part of the work only."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from toys import run_with_devices
 
 from jaxrl_dist import problem, recording, runner, training
 from jaxrl_dist.agent import ConfigurationError
@@ -79,13 +76,7 @@ def compare(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["td3", "rainbow"])
 def test_eight_devices_do_together_what_one_does(name):
-    in_a_process_with_eight_devices(f"import test_data_parallel; test_data_parallel.compare({name!r})")
-
-
-def in_a_process_with_eight_devices(code: str) -> None:
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=600)
+    run_with_devices(DEVICES, f"import test_data_parallel; test_data_parallel.compare({name!r})")
 
 
 def train_stop_and_resume(folder: str) -> None:
@@ -113,9 +104,7 @@ def train_stop_and_resume(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_split_run_is_recorded_stopped_and_resumed_on_other_devices(tmp_path):
-    in_a_process_with_eight_devices(
-        f"import test_data_parallel; test_data_parallel.train_stop_and_resume({str(tmp_path)!r})"
-    )
+    run_with_devices(DEVICES, f"import test_data_parallel; test_data_parallel.train_stop_and_resume({str(tmp_path)!r})")
 
 
 @pytest.mark.parametrize("field", ["num_envs", "batch_size"])

@@ -4,13 +4,12 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from rich.console import Console
+from toys import run_with_devices
 
 from jaxrl_dist import cli, problem, recording, runner, study
 from jaxrl_dist.agent import ConfigurationError
@@ -123,9 +122,7 @@ def train_on_devices(folder: str) -> None:
 
 
 def test_eight_devices_give_the_study_of_one(tmp_path):
-    code = f"import test_study; test_study.train_on_devices({str(tmp_path)!r})"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=600)
+    run_with_devices(8, f"import test_study; test_study.train_on_devices({str(tmp_path)!r})")
     one, eight = (tmp_path / devices / "tqc" / "Pendulum-v1" / "some" for devices in ("1", "all"))
     used = [recording.read_config(study_folder / "wave_00")["num_devices"] for study_folder in (one, eight)]
     assert used == [1, 8]

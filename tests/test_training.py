@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import Toy, ToyParams
+from toys import Toy, ToyParams, live
 
 from jaxrl_dist import envs, evaluation, experience, training
 from jaxrl_dist.agent import Agent, ConfigurationError, Fraction, Positive, Real, configuration
@@ -48,11 +48,7 @@ def make_learner(config, env, env_params) -> Agent:
         return State(jax.random.normal(weights_key, (3,)), jnp.int32(0), filled, key)
 
     def step(state):
-        key, noise_key, step_key, sample_key = jax.random.split(state.key, 4)
-        chosen = action(state.weights, state.experience.interaction.observation)
-        chosen += 0.1 * jax.random.normal(noise_key, chosen.shape)
-        lived, _, metrics = experience.collect(env, env_params, state.experience, chosen, step_key)
-        batch = experience.sample(lived, sample_key, 4)
+        key, lived, metrics, batch = live(env, env_params, state, action)
 
         def loss(weights):
             return ((batch.observation @ weights - batch.reward) ** 2).mean()

@@ -1,5 +1,10 @@
 """A toy environment whose every number is known, in gymnax's contract but without its code; and a toy learner."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +92,18 @@ class LearnerState(NamedTuple):
     key: jax.Array
 
 
+def live(env, env_params, state, action: Callable) -> tuple:
+    """What toy learners do before they learn: a noisy step of every environment, and a batch of 4 of what is stored.
+
+    Returns the key to go on with, experience, metrics and the batch.
+    """
+    key, noise_key, step_key, sample_key = jax.random.split(state.key, 4)
+    chosen = action(state.weights, state.experience.interaction.observation)
+    chosen += 0.1 * jax.random.normal(noise_key, chosen.shape)
+    lived, _, metrics = experience.collect(env, env_params, state.experience, chosen, step_key)
+    return key, lived, metrics, experience.sample(lived, sample_key, 4)
+
+
 def make_learner(config, env, env_params) -> Agent:
     """Predicts rewards linearly and acts by one of the weights, `width` of them equal; continuous actions."""
     require(config.width < 9, f"--width is {config.width}; it must be below 9")
@@ -104,11 +121,7 @@ def make_learner(config, env, env_params) -> Agent:
         return LearnerState(jnp.full(config.width, config.push, jnp.float32), filled, key)
 
     def step(state):
-        key, noise_key, step_key, sample_key = jax.random.split(state.key, 4)
-        chosen = action(state.weights, state.experience.interaction.observation)
-        chosen += 0.1 * jax.random.normal(noise_key, chosen.shape)
-        lived, _, metrics = experience.collect(env, env_params, state.experience, chosen, step_key)
-        batch = experience.sample(lived, sample_key, 4)
+        key, lived, metrics, batch = live(env, env_params, state, action)
         moved = state.weights + config.learning_rate * (batch.reward * batch.action[:, 0]).mean()
         return LearnerState(moved, lived, key), metrics | {"weight": average(moved)}
 
@@ -128,3 +141,10 @@ def share_programs(monkeypatch) -> None:
         return made[key] if key in made else made.setdefault(key, make(one))
 
     monkeypatch.setattr(runner, "make_programs", shared)
+
+
+def run_with_devices(count: int, code: str) -> None:
+    """Run `code` in a Python process that has so many CPU devices and can import the tests."""
+    flags = f"--xla_force_host_platform_device_count={count}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=600)

@@ -27,12 +27,14 @@ class Transition(NamedTuple):
 
 
 class Interaction(NamedTuple):
-    """A batch of environments in mid-episode: their states, what the agent sees, and the episodes' sums so far."""
+    """A batch of environments in mid-episode: their states, what the agent sees, the episodes' sums so far, and the
+    largest |reward| that each has given: learned values can be held against what rewards and discount allow."""
 
     environment: Any
     observation: jax.Array
     episode_return: jax.Array
     episode_length: jax.Array
+    largest_reward: jax.Array
 
 
 class Average(NamedTuple):
@@ -53,7 +55,8 @@ def start(env, env_params, key: jax.Array, num_envs: int) -> Interaction:
     """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`."""
     observation, environment = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
     environment, observation = split_rows(strengthen((environment, observation)))
-    return Interaction(environment, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
+    sums = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs)
+    return Interaction(environment, observation, *sums)
 
 
 def step(
@@ -83,8 +86,9 @@ def step(
     episode_length = interaction.episode_length + 1
     metrics = {"episode_return": average(episode_return, done), "episode_length": average(episode_length, done)}
     following = Interaction(
-        environment, observation, jnp.where(done, 0, episode_return), jnp.where(done, 0, episode_length)
-    )
+        environment, observation, jnp.where(done, 0, episode_return), jnp.where(done, 0, episode_length),
+        jnp.maximum(interaction.largest_reward, jnp.abs(reward)),
+    )  # fmt: skip
     return following, transition, metrics
 
 

@@ -73,7 +73,7 @@ def tabular_fixed_point(terminated, truncated, gamma=0.9, num_steps=1) -> float:
     size = len(terminated)
     rows = by_hand.transition(reward=jnp.full(size, 0.1), terminated=terminated, truncated=truncated)
     rows = rows._replace(action=jnp.zeros(size, jnp.int32))
-    one_environment = Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    one_environment = Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.zeros(1))
     stored = Experience(Replay(rows, jnp.int32(0), jnp.int32(size)), one_environment, None)
     batch = experience.batch_at(stored, jnp.arange(size), num_steps=num_steps, gamma=gamma)
 

@@ -209,7 +209,7 @@ class _Session:
         iteration = self._iteration_to_resume() if self.options.resume else None
         if iteration is None:
             if self.options.resume:  # a run killed before its first checkpoint may have left records
-                recorder.truncate_after(-1)
+                recorder.truncate_after(-1, -1)
                 self.checkpoints.remove_after(-1)
             recorder.write_config(self._description())
             if self.leg and self.leg.sources:
@@ -221,7 +221,7 @@ class _Session:
         loaded = self.checkpoints.load(iteration, like)
         self.training_seconds = float(loaded["seconds"])
         # What lies beyond the checkpoint will be done again.
-        recorder.truncate_after(self.env_steps(iteration))
+        recorder.truncate_after(iteration, self.env_steps(iteration))
         self.checkpoints.remove_after(iteration)
         self.console.print(f"resumed at iteration {iteration} ({self.env_steps(iteration):,} env steps)")
         return loaded["training"], iteration
@@ -232,7 +232,7 @@ class _Session:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # all runs may not fit a device
         parts, found = [], []
         for folder in sources:
-            there = recording.read_config(folder)["configurations"]
+            there = recording.read_config(folder, {"configurations": list})["configurations"]
             wanted = [number for number in there if number in self.problem.configurations]
             if not wanted:
                 continue
@@ -353,13 +353,14 @@ class _Session:
         for run, name in enumerate(self.runs):
             position = {
                 "iteration": iteration, "env_steps": env_steps, "updates": iteration * self.agent.updates_per_iteration,
-                "seconds": round(self.training_seconds, 3), **name,
+                **name,
             }  # fmt: skip
             metrics = {name: float(value) for name, value in zip(self._names, averages[run], strict=True)}
-            rows.append(position | {name: float(values[run]) for name, values in judged.items()} | metrics)
+            clock = {"seconds": round(self.training_seconds, 3)}
+            rows.append(position | clock | {name: float(values[run]) for name, values in judged.items()} | metrics)
             outcomes = zip(episodes.episode_return[run], episodes.episode_length[run], strict=True)
             episode_rows += [
-                {"env_steps": env_steps, **name, "episode": index}
+                {**position, "episode": index}
                 | {"episode_return": float(episode_return), "episode_length": int(episode_length)}
                 for index, (episode_return, episode_length) in enumerate(outcomes)
             ]

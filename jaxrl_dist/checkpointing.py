@@ -33,7 +33,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep = keep
 
-    def save(self, iteration: int, tree: Any) -> None:
+    def save(self, iteration: int, tree: Any, about: Mapping[str, Any] | None = None) -> None:
         """Writes `tree`, a pytree of arrays, as checkpoint `iteration`; when it returns, the checkpoint is on the disk.
 
         Then, and not before, all but the `keep` newest are removed, and with them what stood at this iteration or a
@@ -83,7 +83,7 @@ class Checkpoints:
                 checkpointer.save((staging / _ARRAYS).absolute(), args=ocp.args.PyTreeSave(arrays))
         _flush_all(staging)  # by every process: another machine's unwritten data are not ours to flush
         hosts.wait()
-        hosts.by_first(lambda: self._complete(staging, int(iteration), fields))
+        hosts.by_first(lambda: self._complete(staging, int(iteration), fields, dict(about or {})))
 
     def _make_room(self, staging: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +91,9 @@ class Checkpoints:
             shutil.rmtree(leftover)
         staging.mkdir()
 
-    def _complete(self, staging: Path, iteration: int, fields: dict[str, Any]) -> None:
-        _write_manifest(staging, {"iteration": iteration, "fields": fields, "files": _digests(staging)})
+    def _complete(self, staging: Path, iteration: int, fields: dict[str, Any], about: dict[str, Any]) -> None:
+        manifest = {"iteration": iteration, "fields": fields, "files": _digests(staging), "about": about}
+        _write_manifest(staging, manifest)
         before = self.iterations()
         if iteration in before:
             self._remove(iteration)
@@ -153,6 +154,10 @@ class Checkpoints:
                 raise DamagedCheckpoint(f"{file}: the file is missing") from None
             except OSError as error:
                 raise DamagedCheckpoint(f"{file}: cannot be read ({error})") from None
+
+    def about(self, iteration: int) -> dict[str, Any]:
+        """What was stored about a checkpoint beside its arrays."""
+        return self._manifest(iteration).get("about", {})
 
     def load(self, iteration: int, like: Any) -> Any:
         """The tree of a checkpoint, verified first, with the structure, dtypes and shardings of `like`.

@@ -52,7 +52,13 @@ class RunOptions:
     checkpoint_keep: Count = 2
     """newest checkpoints kept"""
     resume: str = ""
-    """continue the run called --name: `latest` checkpoint, `auto` (the newest intact one), or an iteration number"""
+    """continue the run called --name: `latest` checkpoint, `auto` (the newest intact one), or an iteration number; with
+    a larger --total-steps it is trained longer"""
+    damaged_records: Literal["refuse", "keep"] = "refuse"
+    """at a resume, where metrics.csv or evaluations.csv are not what was written: refuse, or keep what can be read"""
+    on_divergence: Literal["freeze", "stop"] = "freeze"
+    """when a metric of a run becomes NaN or infinite: freeze that run at its last finite learner and go on with the
+    others, or stop all"""
 
     name: str = ""
     """name of the run's folder; the date and time if empty"""
@@ -105,6 +111,27 @@ class Problem(NamedTuple):
     options: RunOptions
     configurations: tuple[int, ...] = ()
 
+    def fitted(self, total_steps: int) -> "Problem":
+        """The same problem, whose agents have no more room in their replay than `total_steps` environment steps fill.
+
+        A ring that never wraps holds the same rows at any larger size. `config` stays what was asked for, so that it is
+        what is recorded and compared.
+        """
+        as_written = getattr(self.make_agent, "as_written", self.make_agent)
+
+        def make_agent(config, env, env_params):
+            return as_written(_without_spare_room(config, total_steps), env, env_params)
+
+        make_agent.as_written = as_written
+        return self._replace(make_agent=make_agent)
+
+
+def _without_spare_room(config: Any, total_steps: int) -> Any:
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    per_iteration = config.num_envs * getattr(config, "steps_per_iteration", 1)
+    needed = warmup_steps + max(0, -(-(total_steps - warmup_steps) // per_iteration)) * per_iteration
+    return config if config.replay_capacity <= needed else dataclasses.replace(config, replay_capacity=needed)
+
 
 def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptions) -> Problem:
     """Check every setting before anything compiles; raises ConfigurationError (or ValueError) with one clear line."""
@@ -115,14 +142,12 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     doctor.require_platform(options.device)
     device_count(options)
     env, env_params = envs.make(options.env_id, **_parse_env_options(options.env_options))
-    if config.replay_capacity > options.total_steps:
-        # A ring that never wraps holds the same rows at any larger size.
-        config = dataclasses.replace(config, replay_capacity=max(options.total_steps, config.warmup_steps))
     if options.probe_support != "off":
         config = _with_probed_support(config, options)
     if options.data_parallel:
         _check_data_parallel(config, device_count(options))
-    agent = make_agent(config, env, env_params)
+    problem = Problem(algorithm, make_agent, config, env, env_params, options).fitted(options.total_steps)
+    agent = problem.make_agent(config, env, env_params)
     training.iterations_for(agent, options.total_steps)
     evaluation.episode_limit(env_params, options.eval_max_steps)
     if options.resume:
@@ -131,7 +156,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
             f"--resume is {options.resume!r}; it must be 'latest', 'auto' or an iteration number",
         )
         require(options.name != "", "--resume needs --name, the run to continue")
-    return Problem(algorithm, make_agent, config, env, env_params, options)
+    return problem
 
 
 def device_count(options: RunOptions) -> int:

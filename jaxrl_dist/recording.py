@@ -138,6 +138,14 @@ class Recorder:
                 self._wandb_run.log(scalars, step=env_steps)
 
 
+def require_packages(*, tensorboard: bool, wandb_project: str) -> None:
+    """Raise ValueError where a package that recording needs is missing; before anything is written."""
+    if tensorboard:
+        _import_extra("tensorboardX", extra="tensorboard")
+    if wandb_project:
+        _import_extra("wandb", extra="wandb")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as a whole or not at all; arrays, paths and dataclasses become lists, strings and objects."""
     text = json.dumps(value, indent=2, default=_as_json, ensure_ascii=False) + "\n"

@@ -29,7 +29,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import hosts, plotting, problem, recording, runner, sweeps, training
+from jaxrl_dist import hosts, plotting, problem, recording, resuming, runner, sweeps, training
 from jaxrl_dist.agent import require
 
 # Of the free memory; a compiled program also needs room for its temporaries.
@@ -217,7 +217,7 @@ def write_or_compare(
         recording.write_json(folder / "study.json", description)
         return
     before, as_written = read(folder), json.loads(json.dumps(description))
-    runner.require_same_settings(before, as_written, "total_steps", "probe_support")
+    resuming.require_same_settings(before, as_written, "total_steps", "probe_support")
     for name in equal:
         require(
             before.get(name) == as_written[name],

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrl_dist import evaluation, hosts
+from jaxrl_dist import evaluation, hosts, replay
 from jaxrl_dist.agent import Agent, ConfigurationError
 from jaxrl_dist.devices import DATA
 from jaxrl_dist.interaction import Interaction
 from jaxrl_dist.keys import is_key
+from jaxrl_dist.progress import inside_program
 from jaxrl_dist.replay import Priorities, Replay
 
 RunsMode = Literal["auto", "vmap", "map"]
@@ -65,7 +66,7 @@ def watched_names(metric_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def begin(agent: Agent, key: jax.Array, freeze: bool = True) -> Training:
-    """A run that has filled its replay and done no iteration yet; `freeze`: whether it is to be frozen when it breaks."""
+    """A run that has filled its replay and done no iteration yet; `freeze`: whether it is frozen when it breaks."""
     state = agent.init(key)
     names = metric_names(agent, state)
     return Training(
@@ -177,14 +178,18 @@ def make_train(
     evaluations: int = 10,
     eval_episodes: int = 10,
     eval_max_steps: int = 0,
+    progress: bool = False,
 ) -> Callable:
     """The pure function `train(key, config) -> (state, history)`, environments and evaluation inside the program.
 
     `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them.
-    `history` holds `env_steps` `[evaluations]`, `evaluation_return` `[evaluations, episodes]` and the averages of all
-    training metrics `[evaluations]`.
+    `history` holds `env_steps` `[evaluations]`, `evaluation_return` `[evaluations, episodes]`, the averages of all
+    training metrics `[evaluations]`, and `diverged_at` `[evaluations]`, the iteration at which a metric or the learner
+    became NaN or infinite, -1 if none: from then on the run is frozen at its last finite learner, others go on.
+    progress: print a line at every evaluation, one for all runs.
     """
     default_config = config
+    tell = inside_program(total_steps) if progress else lambda env_steps, returns: env_steps
     max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
     def train(key: jax.Array, config: Any = default_config) -> tuple[Any, dict[str, jax.Array]]:
@@ -202,8 +207,15 @@ def make_train(
             episodes = evaluation.evaluate(
                 agent, env, env_params, training.state, eval_key, episodes=eval_episodes, max_steps=max_steps
             )
-            env_steps = agent.warmup_steps + training.iteration * agent.steps_per_iteration
-            return training, metrics | {"env_steps": env_steps, "evaluation_return": episodes.episode_return}
+            env_steps = tell(
+                agent.warmup_steps + training.iteration * agent.steps_per_iteration, episodes.episode_return
+            )
+            never = jnp.iinfo(jnp.int32).max
+            first_broken = jnp.where(training.broken_at < 0, never, training.broken_at).min()
+            return training, metrics | {
+                "env_steps": env_steps, "evaluation_return": episodes.episode_return,
+                "diverged_at": jnp.where(first_broken == never, -1, first_broken),
+            }  # fmt: skip
 
         training, history = jax.lax.scan(leg, begin(agent, training_key), boundaries[1:])
         return training.state, history
@@ -295,7 +307,12 @@ class Programs:
             return evaluation.calibration(found)
 
         def program(
-            function, arguments: int, shared: int = 0, donate: bool = False, out: Any = self.sharding, more=lambda *_: ()
+            function,
+            arguments: int,
+            shared: int = 0,
+            donate: bool = False,
+            out: Any = self.sharding,
+            more=lambda *_: (),
         ):
             """`more`: further shared arguments of `function`, made out of the others."""
 
@@ -455,6 +472,21 @@ def take_runs(tree: Any, runs: np.ndarray) -> Any:
 def join_runs(parts: Sequence[Any], like: Any, shardings: Any) -> Any:
     """The runs of all `parts` (`take_runs`) in turn, spread over devices; `like` says which of the arrays are keys."""
     return jax.device_put(_keyed(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), like), shardings)
+
+
+def grow_replay(runs: Training, like: Training) -> Training:
+    """Runs `[runs, ...]` whose replay has never wrapped, with the room in it that `like` has, and its shardings."""
+
+    def grown(node, wanted):
+        if isinstance(node, Replay):
+            capacity = jax.tree.leaves(wanted.rows)[0].shape[1]
+            return jax.vmap(lambda one: replay.grow(one, capacity))(node)
+        if isinstance(node, Priorities):
+            return jax.vmap(lambda one: replay.grow_priorities(one, wanted.tree.shape[1]))(node)
+        return node
+
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(lambda runs: jax.tree.map(grown, runs, like, is_leaf=_is_record), out_shardings=shardings)(runs)
 
 
 def _fastest_mode(config: Any) -> RunsMode:

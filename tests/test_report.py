@@ -441,7 +441,7 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.command(["report", str(tmp_path), "--out", str(out)])
     assert stopped.value.code == cli.USAGE_ERROR
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"error: {tmp_path / 'config.json'} does not exist" in said
     assert said.count("\n") == 1
     with pytest.raises(SystemExit) as stopped:

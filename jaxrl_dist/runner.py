@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -128,7 +127,7 @@ class _Session:
         self.total_iterations = leg.last_iteration if leg else training.iterations_for(agent, options.total_steps)
         self.eval_interval = _interval(agent, options, options.eval_every, EVALUATIONS)
         self.checkpoint_interval = _interval(agent, options, options.checkpoint_every, 4)
-        run_keys = jax.vmap(training.run_keys)(jax.vmap(jax.random.key)(jnp.asarray(self.seeds, jnp.uint32)))
+        run_keys = jax.vmap(training.run_keys)(training.seed_keys(self.seeds))
         self.training_keys, self.evaluation_keys = run_keys
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=options.checkpoint_keep)
         self.training_seconds = 0.0

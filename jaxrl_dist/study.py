@@ -275,18 +275,18 @@ def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps
 
 def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str) -> None:
     fields = study["fields"]
-    # Narrow enough for 80 columns: names break between their words, and an interval is one column.
-    title = f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    # Narrow enough for 80 columns: an interval is one column, a rung stands for its env steps, and names are broken.
+    table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds", box=box.SIMPLE_HEAD)
     names = {"configuration": "no.", metric: "IQM", "low": "95 % interval", "best": "part first"}
-    columns = [column for column in ranking if column != "high"]
-    for column in columns:
-        table.add_column(names.get(column, column.replace("_", " ")), justify="right", overflow="fold")
-    for row in ranking.head(SHOWN_ROWS).to_dict("records"):
-        cells = {column: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x) for column, x in row.items()}
-        if cells.get("low"):
-            cells["low"] = f"[{cells['low']}, {cells['high']}]"
-        table.add_row(*(cells[column] for column in columns))
+    rows = ranking.head(SHOWN_ROWS).map(lambda x: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x))
+    if "low" in rows:
+        rows["low"] = [low and f"[{low}, {high}]" for low, high in zip(rows.low, rows.high, strict=True)]
+    rows = rows.drop(columns=["high", "env_steps"], errors="ignore")
+    for column, cells in rows.items():
+        name, widest = names.get(column, column.replace("_", " ")), max(map(len, cells)) if column != "low" else 0
+        table.add_column(name, justify="right", overflow="fold", min_width=widest)
+    for row in rows.itertuples(index=False):
+        table.add_row(*row)
     console.print(table)
     if len(ranking) > SHOWN_ROWS:
         console.print(f"{len(ranking) - SHOWN_ROWS} more in ranking.csv")
@@ -295,4 +295,4 @@ def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFram
     if "rung" in ranking:
         furthest = (ranking.rung == ranking.rung.max()).sum()
         sure += f"; {furthest} of {len(ranking)} configurations came as far"
-    console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}")
+    console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}", soft_wrap=True)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from jaxrl_dist import cli, report, report_runs
+from jaxrl_dist import cli, recording, report, report_runs
 from jaxrl_dist.recording import Recorder
 
 CURVES = Path(__file__).parents[1] / "experiments" / "learning_curves"
@@ -239,9 +239,9 @@ def test_committed_runs_agree_with_their_summary():
     groups = report_runs.grouped(
         [report_runs.read_run(CURVES / "CartPole-v1" / f"{name}.json") for name in summary.index]
     )
-    assert {group.label for group in groups} == set(summary.index)
+    assert {group.runs[0].algorithm for group in groups} == set(summary.index)
     for group in groups:
-        expected, found = summary.loc[group.label], report.estimate(group.scores)
+        expected, found = summary.loc[group.runs[0].algorithm], report.estimate(group.scores)
         np.testing.assert_allclose(found, expected[["iqm", "interval_low", "interval_high"]].astype(float), atol=0.051)
         assert len(group.scores) == expected.seeds
         assert group.runs[0].metrics is not None
@@ -253,7 +253,7 @@ def test_committed_runs_agree_with_their_summary():
 def groups_of(runs):
     return {
         (group.label, group.environment): (group.detail, group.scores.tolist())
-        for group in report_runs.grouped([report_runs.read_run(run) for run in runs])
+        for group in report_runs.grouped([run for path in runs for run in report_runs.read_runs(path)])
     }
 
 
@@ -448,6 +448,45 @@ def test_the_command_line(tmp_path, capsys):
         cli.command(["report"])
     assert stopped.value.code == cli.USAGE_ERROR
     assert "required: RUN" in capsys.readouterr().err
+
+
+def make_study(folder, returns: dict[int, float]):
+    """A finished study of configurations with those returns, seeds 0 and 1, in two waves."""
+    single = {"rate": 0.5, "other": 1.0, "hidden": [8, 8]}
+    recording.write_json(folder / "study.json", {"config": single, "fields": ["rate"]})
+    numbers = list(returns)
+    for index, wave in enumerate((numbers[:1], numbers[1:])):
+        rates = [float(number) for number in wave for _ in range(2)]
+        recorder = Recorder(folder / f"wave_{index:02d}")
+        recorder.write_config({
+            "algorithm": "qr_dqn", "config": single | {"rate": rates, "other": [1.0] * len(rates)},
+            "configurations": wave, "options": {"env_id": "Catch", "num_seeds": 2, "total_steps": 100},
+        })  # fmt: skip
+        rows = [{"env_steps": 100, "configuration": number, "seed": seed} for number in wave for seed in range(2)]
+        recorder.append_evaluations([
+            row | {"episode": 0, "episode_return": returns[row["configuration"]], "episode_length": 7} for row in rows
+        ])  # fmt: skip
+        recorder.append([row | {"evaluation_return": returns[row["configuration"]]} for row in rows])
+        (recorder.folder / "finished").touch()
+    return folder
+
+
+def test_a_study_is_reported_by_its_folder_a_group_per_configuration(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    assert groups_of([make_study(tmp_path / "sweep", {0: 1.0, 1: 3.0, 2: 2.0})]) == {
+        ("QR-DQN 1", "Catch"): ("rate=0.0", [1.0, 1.0]),
+        ("QR-DQN 2", "Catch"): ("rate=1.0", [3.0, 3.0]),
+        ("QR-DQN 3", "Catch"): ("rate=2.0", [2.0, 2.0]),
+    }
+    page, _ = page_of(tmp_path, [tmp_path / "sweep", make_run(tmp_path / "alone", env_id="Catch")])
+    assert list(page.table("optimality gap")) == ["DQN", "QR-DQN 2rate=1.0", "QR-DQN 3rate=2.0", "QR-DQN 1rate=0.0"]
+
+
+def test_of_a_large_study_the_best_are_reported_and_the_page_says_so(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    runs = report_runs.read_runs(make_study(tmp_path / "sweep", {number: float(number) for number in range(12)}))
+    assert [run.settings["rate"] for run in runs] == [float(number) for number in range(4, 12)]
+    assert runs[0].warnings == ("sweep: the 8 best of 12 configurations are shown, so they flatter",)
 
 
 def test_numbers_as_people_write_them():

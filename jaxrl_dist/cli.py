@@ -137,6 +137,8 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
+        if str(error).startswith("RESOURCE_EXHAUSTED"):  # XLA's word for it
+            _stop(f"out of memory: {str(error).partition(': ')[2]}", BROKEN)
         # Only errors raised on purpose are one line; anything else is a bug and keeps its traceback.
         if not _is_ours(error):
             raise
@@ -320,8 +322,10 @@ def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None
 def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:
     from jaxrl_dist import places, plotting, recording, study
 
-    places.require_picture(out or Path("comparison.png"))
-    if any(map(study.is_study, folders)):
+    studies = any(map(study.is_study, folders))
+    if out or not studies:
+        places.require_picture(out or Path("comparison.png"))
+    if studies:
         require(len(folders) == 1, f"RUN is {len(folders)} folders, one of them a study; a study is plotted by itself")
         study.collect(folders[0], console, metric, out)
         return

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+import numbers
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.wording import alternatives
 
 
 class ConfigurationError(ValueError):
@@ -60,16 +62,21 @@ class Range:
 
     def __str__(self) -> str:
         opening = "(" if self.open_below or math.isinf(self.low) else "["
-        return f"{opening}{self.low:g}, {self.high:g}{')' if math.isinf(self.high) else ']'}"
+        low, high = (str(x) if isinstance(x, int) else f"{x:g}" for x in (self.low, self.high))
+        return f"{opening}{low}, {high}{')' if math.isinf(self.high) else ']'}"
 
 
 Real = Annotated[float, Range(-math.inf, math.inf)]
 Positive = Annotated[float, Range(0, math.inf, open_below=True)]
 NonNegative = Annotated[float, Range(0, math.inf)]
 Fraction = Annotated[float, Range(0, 1)]
-Count = Annotated[int, Range(1, math.inf)]
-Natural = Annotated[int, Range(0, math.inf)]
-Layers = Annotated[tuple[int, ...], Range(1, math.inf)]
+LARGEST = 2**31 - 1
+"""The largest size and number of steps: counters on the device are int32."""
+Count = Annotated[int, Range(1, LARGEST)]
+Natural = Annotated[int, Range(0, LARGEST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+"""What makes a key of its own: `jax.random.key` wraps beyond 32 bits."""
+Layers = Annotated[tuple[int, ...], Range(1, LARGEST)]
 """Widths of one or more hidden layers; a plain `tuple[int, ...]` may be empty."""
 
 
@@ -86,21 +93,51 @@ def configuration(cls):
 
 
 def check_configuration(config) -> None:
-    """Raise ConfigurationError for the first number that is not finite or lies outside its field's range."""
+    """Raise ConfigurationError for the first field whose value is not of its type, not finite or out of its range."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        hint, value = hints[field.name], getattr(config, field.name)
-        ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
-        if hint == tuple[int, ...]:
-            ranges, numbers = [Range(1, math.inf)], value
-        elif ranges:
-            numbers = np.ravel(np.asarray(value)) if np.size(value) else (0,)
-        else:
-            continue
-        for number in numbers:
-            if not math.isfinite(number) or any(number not in allowed for allowed in ranges):
-                allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
-                raise ConfigurationError(f"{option(field.name)} is {value}; it must be {allowed}")
+        check_value(option(field.name), hints[field.name], getattr(config, field.name))
+
+
+def check_value(name: str, hint: Any, value: Any) -> None:
+    """Raise ConfigurationError unless `value` is one of the type `hint`; a float may be an array, as in sweeps.
+
+    Numbers must fit what computes with them: sizes and counters int32, all others float32.
+    """
+    ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    hint = hint.__origin__ if ranges else hint
+    series = typing.get_origin(hint) is tuple
+    of = typing.get_args(hint)[0] if series else hint
+    each = [value]
+    if series:
+        each = value if isinstance(value, tuple) and (value or not ranges) else [None]
+    elif of is float:
+        each = np.ravel(value).tolist()
+    if typing.get_origin(of) is Literal:
+        fits, allowed, value = value in typing.get_args(of), alternatives(typing.get_args(of)), repr(value)
+    elif of is int:
+        ranges = ranges or [Range(1 if series else -LARGEST - 1, LARGEST)]
+        allowed = f"{'whole numbers' if series else 'a whole number'} in {ranges[0]}"
+        fits = all(isinstance(x, numbers.Integral) and not isinstance(x, bool) and x in ranges[0] for x in each)
+    elif of is float:
+        allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
+        right = all(isinstance(x, numbers.Real) and _within(x, ranges) for x in each)
+        fits = right and all(_within(_as_float32(x), ranges) for x in each)
+        allowed += ", also as float32" * right
+    else:
+        allowed = "True or False" if of is bool else "text"
+        fits = of not in (bool, str) or all(isinstance(x, of) for x in each)
+    require(fits, f"{name} is {value}; it must be {allowed}")
+
+
+def _within(number: float, ranges: Sequence[Range]) -> bool:
+    return math.isfinite(number) and all(number in allowed for allowed in ranges)
+
+
+def _as_float32(number: float) -> float:
+    """As programs see it: tiny numbers become 0, huge ones infinite."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(number))
 
 
 def option(field_name: str) -> str:
@@ -151,6 +188,13 @@ def discrete_action_count(env, env_params) -> int:
 
 def check_replay(config) -> None:
     """The relations between sizes that every replay-based algorithm needs, before anything compiles."""
+    for name in ("replay_capacity", "num_envs"):
+        rows = getattr(config, name) * (getattr(config, "num_steps", 1) if name == "num_envs" else 1)
+        require(
+            rows <= LARGEST // 2,
+            f"{option(name)} is {getattr(config, name)}, which makes {rows} rows; at most {LARGEST // 2} can be told "
+            "apart by int32, since two of their numbers are added",
+        )
     require(
         config.batch_size <= config.warmup_steps,
         f"--batch-size is {config.batch_size}; it must be at most --warmup-steps = {config.warmup_steps}, "

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import jax
 from packaging.requirements import Requirement
 
+from jaxrl_dist.wording import counted
+
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 
 _PLATFORMS = ("auto", "cpu", "gpu", "tpu")
@@ -81,7 +83,7 @@ def report() -> str:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "accelerators found": ", ".join(_accelerators().values()) or "none",
             "asked for": jax.config.jax_platforms or "nothing: JAX chooses",
-            "JAX uses": f"{used}, {len(devices)} device(s): {kinds}" if used else failure,
+            "JAX uses": f"{used}, {counted(len(devices), 'device')}: {kinds}" if used else failure,
             **{name: os.environ.get(name, "(not set)") for name in _VARIABLES},
         },
         "settings": {

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from jaxrl_dist import problem, recording, runner, study, sweeps
 from jaxrl_dist.agent import ConfigurationError, check_configuration, require
+from jaxrl_dist.wording import counted
 
 STUDY_NAME = "jaxrl_dist"
 
@@ -62,8 +63,8 @@ def train(
         )
         proposals = _Proposals(folder, axes, sweep)
         console.print(
-            f"[bold]study[/bold] of {sweep.sweep_optuna} trials with {options.num_seeds} seeds each, "
-            f"{sweep.sweep_parallel} proposed at once, in {folder}"
+            f"[bold]study[/bold] of {counted(sweep.sweep_optuna, 'trial')} with "
+            f"{counted(options.num_seeds, 'seed')} each, {sweep.sweep_parallel} proposed at once, in {folder}"
         )
         problems: dict[int, problem.Problem] = {}
         waves = study.Waves(folder, problems, options, console)

@@ -3,14 +3,28 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_dist import doctor, evaluation, interaction, training
-from jaxrl_dist.agent import Count, Natural, check_configuration, option, require
+from jaxrl_dist.agent import (
+    LARGEST,
+    Agent,
+    ConfigurationError,
+    Count,
+    Natural,
+    Range,
+    Seed,
+    check_configuration,
+    option,
+    require,
+)
+
+# The host keeps a row of every run for every evaluation.
+MOST_RUNS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +39,9 @@ class RunOptions:
     """named defaults of the algorithm: auto (those for the environment, if any), none, or a name"""
     total_steps: Count = 20_000
     """environment steps of every seed, warm-up included"""
-    seed: Natural = 0
+    seed: Seed = 0
     """first seed; run i has seed + i and draws the same random numbers whatever the other seeds are"""
-    num_seeds: Count = 4
+    num_seeds: Annotated[int, Range(1, MOST_RUNS)] = 4
     """runs with different seeds, trained together in one program"""
 
     probe_support: Literal["off", "rewards", "returns"] = "off"
@@ -135,21 +149,18 @@ def _without_spare_room(config: Any, total_steps: int) -> Any:
 
 def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptions) -> Problem:
     """Check every setting before anything compiles; raises ConfigurationError (or ValueError) with one clear line."""
-    from jaxrl_dist import envs  # the toolkit knows the environments by name only
-
     check_configuration(options)
     check_configuration(config)
     doctor.require_platform(options.device)
     device_count(options)
-    env, env_params = envs.make(options.env_id, **_parse_env_options(options.env_options))
+    env, env_params = _make_env(options)
     if options.probe_support != "off":
         config = _with_probed_support(config, options)
     if options.data_parallel:
         _check_data_parallel(config, device_count(options))
     problem = Problem(algorithm, make_agent, config, env, env_params, options).fitted(options.total_steps)
     agent = problem.make_agent(config, env, env_params)
-    training.iterations_for(agent, options.total_steps)
-    evaluation.episode_limit(env_params, options.eval_max_steps)
+    _check_counters(agent, options, evaluation.episode_limit(env_params, options.eval_max_steps))
     if options.resume:
         require(
             options.resume in ("latest", "auto") or options.resume.isdecimal(),
@@ -157,6 +168,46 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
         )
         require(options.name != "", "--resume needs --name, the run to continue")
     return problem
+
+
+def _make_env(options: RunOptions) -> tuple[Any, Any]:
+    from jaxrl_dist import envs  # the toolkit knows the environments by name only
+
+    env_options = _parse_env_options(options.env_options)
+    try:
+        return envs.make(options.env_id, **env_options)
+    except Exception as error:  # whatever an environment's own code makes of an odd value
+        if isinstance(error, OSError) or not (env_options or isinstance(error, ValueError)):
+            raise
+        given = " ".join(["--env-id", options.env_id, *["--env-options"][: len(env_options)], *options.env_options])
+        raise ConfigurationError(f"{given}: {str(error) or type(error).__name__}") from error
+
+
+def _check_counters(agent: Agent, options: RunOptions, episode_limit: int) -> None:
+    """Refuse what would overflow a counter on the device, or wrap around to another seed."""
+    last_seed = options.seed + options.num_seeds - 1
+    require(
+        last_seed < 2**32,
+        f"--seed is {options.seed} and --num-seeds {options.num_seeds}, so the last seed is {last_seed}; it must be "
+        "below 2^32, where JAX would begin again at 0",
+    )
+    iterations = training.iterations_for(agent, options.total_steps)
+    env_steps = agent.warmup_steps + iterations * agent.steps_per_iteration
+    updates = iterations * agent.updates_per_iteration
+    require(
+        env_steps <= LARGEST,
+        f"--total-steps is {options.total_steps}, {env_steps} in whole iterations; at most {LARGEST} can be counted",
+    )
+    require(
+        updates <= LARGEST,
+        f"--updates-per-iteration is {agent.updates_per_iteration}, {updates} updates in all; at most {LARGEST} can be "
+        "counted",
+    )
+    require(
+        evaluation.spread(episode_limit, options.eval_states) * options.eval_states <= LARGEST,
+        f"--eval-states is {options.eval_states}; with episodes of up to {episode_limit} steps the product of both "
+        f"must be at most {4 * LARGEST}",
+    )
 
 
 def device_count(options: RunOptions) -> int:
@@ -223,7 +274,7 @@ def _random_rewards(env_id: str, env_options: tuple[str, ...], seed: int) -> tup
     from jaxrl_dist import envs
 
     env, env_params = envs.make(env_id, **_parse_env_options(env_options))
-    return tuple(map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, seed)))
+    return tuple(map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, np.uint32(seed))))
 
 
 def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 32):
@@ -240,9 +291,20 @@ def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 3
 
 
 def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
     for pair in pairs:
-        require("=" in pair, f"--env-options has {pair!r}; each one must be name=value")
-    return dict(pair.split("=", 1) for pair in pairs)
+        name, equals, value = pair.partition("=")
+        require(bool(name and equals), f"--env-options has {pair!r}; each one must be name=value")
+        require(name not in found, f"--env-options gives {name} twice; give it once")
+        try:
+            number = float(value)
+        except ValueError:  # a name
+            number = 0.0
+        require(
+            abs(number) <= LARGEST, f"--env-options has {pair!r}; a number must be finite and at most {LARGEST} in size"
+        )
+        found[name] = value
+    return found
 
 
 def action_bounds(env, env_params) -> tuple[np.ndarray, ...]:

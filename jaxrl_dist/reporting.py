@@ -12,8 +12,10 @@ from rich.table import Table
 
 from jaxrl_dist import evaluation, plotting, recording, statistics, training
 from jaxrl_dist.agent import require
+from jaxrl_dist.catalog import display_name
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.problem import Problem, RunOptions, prepare
+from jaxrl_dist.wording import counted
 
 
 def print_results(console: Console, seeds, returns: np.ndarray) -> None:
@@ -25,7 +27,7 @@ def print_results(console: Console, seeds, returns: np.ndarray) -> None:
         table.add_row(str(seed), str(len(row)), *(f"{x:.1f}" for x in numbers))
     console.print(table)
     means = returns.mean(1)
-    line = f"IQM over {len(means)} seeds: {statistics.interquartile_mean(means):.1f}"
+    line = f"IQM over {counted(len(means), 'seed')}: {statistics.interquartile_mean(means):.1f}"
     if len(means) > 1:
         low, high = statistics.bootstrap_interval(means)
         line += f", 95 % interval [{low:.1f}, {high:.1f}]"
@@ -115,7 +117,7 @@ def plot_distribution(
     draw_return_distribution(
         problem.make_agent(problem.config, problem.env, problem.env_params), problem,
         training.one_run(run.state.state, index), jax.random.key(seed), out, console,
-        title=f"{problem.algorithm.upper()} on {problem.options.env_id}, seed {run_seed}", states=states,
+        title=f"{display_name(problem.algorithm)} on {problem.options.env_id}, seed {run_seed}", states=states,
     )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -37,9 +36,12 @@ from jaxrl_dist import (
     training,
 )
 from jaxrl_dist.agent import Agent, ConfigurationError, require
+from jaxrl_dist.catalog import display_name
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.keys import is_key
+from jaxrl_dist.places import require_name
 from jaxrl_dist.problem import Problem, RunOptions, action_bounds, device_count
+from jaxrl_dist.wording import counted
 
 CHUNK_SECONDS = 0.5
 LOCK = ".lock"
@@ -98,6 +100,7 @@ def train(
 def folder_of(algorithm: str, options: RunOptions) -> Path:
     """Where a run is kept: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME, by default named after the date and time."""
     name = options.name or hosts.by_first(date_and_time)
+    require_name(name)
     return Path(options.runs_folder) / algorithm / options.env_id.replace("/", "-") / name
 
 
@@ -157,7 +160,7 @@ class _Session:
         self.checkpoint_interval = _interval(agent, options, options.checkpoint_every, 4)
         if not options.checkpoint_every:
             self.checkpoint_interval = grid.get("checkpoint", self.checkpoint_interval)
-        run_keys = jax.vmap(training.run_keys)(jax.vmap(jax.random.key)(jnp.asarray(self.seeds)))
+        run_keys = jax.vmap(training.run_keys)(training.seed_keys(self.seeds))
         self.training_keys, self.evaluation_keys = run_keys
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=options.checkpoint_keep)
         self.training_seconds = 0.0
@@ -259,7 +262,7 @@ class _Session:
         rows = {
             "algorithm": f"{self.problem.algorithm} on {options.env_id}",
             "runs": f"{len(self.runs)} (seeds {self.seeds[0]} to {self.seeds[-1]}{self._of_configurations()}), "
-            f"{programs.runs_mode} on {programs.num_devices} {jax.default_backend()} device(s)"
+            f"{programs.runs_mode} on {counted(programs.num_devices, f'{jax.default_backend()} device')}"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             "each run": f"{self.env_steps(self.total_iterations):,} env steps, {agent.warmup_steps:,} of them warm-up; "
             f"{self.total_iterations * agent.updates_per_iteration:,} updates ({ratio:g} per env step)",
@@ -282,7 +285,7 @@ class _Session:
 
     def _of_configurations(self) -> str:
         count = len(self.problem.configurations)
-        return f" of {count} configurations" if count else ""
+        return f" of {counted(count, 'configuration')}" if count else ""
 
     def _start(self, recorder: recording.Recorder) -> tuple[training.Training, int]:
         """A fresh start, or the state of a checkpoint with the records cut back to it."""
@@ -602,13 +605,13 @@ class _Session:
         updates = iterations * self.agent.updates_per_iteration * runs
         self.console.print(
             f"compiled in {self.compile_seconds:.1f} s, trained in {seconds:.1f} s, peak memory "
-            f"{_megabytes(_peak_bytes())}; all {runs} run(s) together did {steps / seconds:,.0f} env steps/s and "
+            f"{_megabytes(_peak_bytes())}; {counted(runs, 'run')} together did {steps / seconds:,.0f} env steps/s and "
             f"{updates / seconds:,.0f} updates/s"
         )
 
     @property
     def _title(self) -> str:
-        return f"{self.problem.algorithm.upper()} on {self.options.env_id}"
+        return f"{display_name(self.problem.algorithm)} on {self.options.env_id}"
 
     def _draw_curve(self) -> None:
         if hosts.is_first():

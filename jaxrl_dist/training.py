@@ -223,6 +223,11 @@ def make_train(
     return train
 
 
+def seed_keys(seeds: np.ndarray) -> jax.Array:
+    """The keys of seeds `[runs]` below 2^32, each that of `jax.random.key(seed)`."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
 def run_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The keys of a run's training and of its evaluations, kept apart so that evaluating never changes training."""
     training_key, evaluation_key = jax.random.split(key)

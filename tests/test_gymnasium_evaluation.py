@@ -271,8 +271,11 @@ def test_the_command_plays_a_policy_file(tmp_path, capsys):
         (["p.npz", "--env-id", "brax/hopper"], "--env-id is 'brax/hopper', which Gymnasium cannot make"),
         (["three.npz", "--env-id", "CartPole-v1"], "one of 3 actions, but the actions of CartPole-v1 are Discrete(2)"),
         (["p.npz", "--env-id", "Acrobot-v1"], "cannot take the observations of Acrobot-v1"),
-        (["p.npz", "--env-id", "MountainCar-v0", "--episodes", "0"], "--episodes is 0; it must be at least 1"),
-        (["p.npz", "--env-id", "MountainCar-v0", "--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (
+            ["p.npz", "--env-id", "MountainCar-v0", "--episodes", "0"],
+            "--episodes is 0; it must be a whole number",
+        ),
+        (["p.npz", "--env-id", "MountainCar-v0", "--seed", "-1"], "--seed is -1; it must be a whole number in [0"),
         (["pendulum.npz", "--env-id", "MountainCarContinuous-v0"], "actions of shape (1,) from -2.0 to 2.0"),
         (
             ["two.npz", "--env-id", "Pendulum-v1"],
@@ -294,7 +297,7 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path, c
     with pytest.raises(SystemExit) as exit:
         cli.command(["evaluate", *arguments])
     assert exit.value.code == 2
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
 
 
 def test_without_gymnasium_the_error_says_how_to_get_it(monkeypatch):

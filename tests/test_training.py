@@ -149,6 +149,15 @@ def assert_same_runs(one, other):
 # -- one run in pieces ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_every_seed_below_2_to_the_32_has_its_own_key(x64):
+    with jax.enable_x64(x64):
+        seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+        keys = jax.random.key_data(training.seed_keys(np.array(seeds)))
+        np.testing.assert_array_equal(keys, [jax.random.key_data(jax.random.key(seed)) for seed in seeds])
+    assert len(np.unique(keys, axis=0)) == len(seeds)
+
+
 def test_advance_counts_averages_and_reports_the_first_iteration_that_broke():
     class Script(NamedTuple):
         iteration: jax.Array

@@ -187,7 +187,7 @@ def summarise(folder: Path, environment: str, reward_scale: float) -> None:
     for path in sorted(folder.glob("*.csv")):
         if path.stem != "summary":
             frame = pd.read_csv(path)
-            frames[frame.agent.iloc[0].upper()] = frame
+            frames[cli.display_name(frame.agent.iloc[0])] = frame
     title = environment if reward_scale == 1 else f"{environment}, rewards times {reward_scale:g}"
     for metric in METRICS:
         # Errors fall by orders of magnitude; what remains at the end is what agents differ in.

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -270,10 +270,30 @@ def _list(console: Console) -> None:
         source = Path(importlib.util.find_spec(module).origin).read_text()
         table.add_row(module.split(".")[-2], name, source.split('"""')[1].splitlines()[0])
     console.print(table)
-    table = Table("family", "environments", title="environments")
-    for family, ids in envs.available().items():
-        table.add_row(family, ", ".join(ids))
-    console.print(table)
+    console.print(_support(envs.available()))
+
+
+def _support(environments: Mapping[str, Sequence[str]]) -> Table:
+    """What accepts what; environments of a family with the same answers share a row, algorithms a column."""
+    from jaxrl_dist import support
+
+    modules = {name: find_algorithm(name) for name in sorted(algorithms())}
+    trained = {name: module for name, module in modules.items() if hasattr(module, "make_agent")}
+    refusals = {
+        (family, env_id): row for family, ids in environments.items()
+        for env_id, row in support.refusals(trained, ids).items()
+    }  # fmt: skip
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name in trained:
+        columns.setdefault(tuple(row[name] for row in refusals.values()), []).append(name)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for (family, env_id), row in refusals.items():
+        rows.setdefault((family, *(row[names[0]] for names in columns.values())), []).append(env_id)
+    whole_names = Column("environments", width=1 + max(len(env_id) for _, env_id in refusals))
+    table = Table(whole_names, *map(", ".join, columns.values()), title="what trains on what")
+    for (_, *why), ids in rows.items():
+        table.add_row(", ".join(ids), *(f"no: {reason}" if reason else "yes" for reason in why), end_section=True)
+    return table
 
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:

@@ -36,6 +36,7 @@ from gymnax.environments import environment, spaces
 from jaxrl_dist.agent import require
 from jaxrl_dist.distributional.tabular import mdp_from_outcomes
 from jaxrl_dist.envs.tabular import MOVES, Tabular
+from jaxrl_dist.spaces import kind_of, spaces_of
 
 # -- stock and utility ------------------------------------------------------------------------------------------------
 
@@ -100,11 +101,13 @@ class StockAugmented(environment.Environment[StockState, StockParams]):
         self, env: Any, env_params: Any, discount: float = 0.99, lowest_stock: float = -1.0, highest_stock: float = 0.0
     ) -> None:
         super().__init__()
-        shape = env.observation_space(env_params).shape
+        _, space = spaces_of(env, env_params)
+        is_box = kind_of(space) in ("continuous", "integers")
+        they = f"have shape {space.shape}" if is_box else f"are {kind_of(space)}"
         require(
-            len(shape) == 1,
-            f"--env-id is stock/{env.name}, but the observations of {env.name} have shape {shape}; "
-            "a stock can be added to vectors only",
+            is_box and len(space.shape) == 1,
+            f"--env-id is stock/{env.name}, but the observations of {env.name} {they}; a stock can be added to vectors "
+            "only",
         )
         self.env = env
         self._params = StockParams(

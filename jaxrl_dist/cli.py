@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxrl_dist import arguments as words_of
 from jaxrl_dist.agent import ConfigurationError, Count, Seed, check_value, require
@@ -292,10 +292,30 @@ def _list(console: Console) -> None:
     for name, module in sorted(algorithms().items(), key=lambda item: item[1]):
         table.add_row(module.split(".")[-2], name, title(name))
     console.print(table)
-    table = Table("family", "environments", title="environments")
-    for family, ids in envs.available().items():
-        table.add_row(family, ", ".join(ids))
-    console.print(table)
+    console.print(_support(envs.available()))
+
+
+def _support(environments: Mapping[str, Sequence[str]]) -> Table:
+    """What accepts what; environments of a family with the same answers share a row, algorithms a column."""
+    from jaxrl_dist import support
+
+    modules = {name: find_algorithm(name) for name in sorted(algorithms())}
+    trained = {name: module for name, module in modules.items() if hasattr(module, "make_agent")}
+    refusals = {
+        (family, env_id): row for family, ids in environments.items()
+        for env_id, row in support.refusals(trained, ids).items()
+    }  # fmt: skip
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name in trained:
+        columns.setdefault(tuple(row[name] for row in refusals.values()), []).append(name)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for (family, env_id), row in refusals.items():
+        rows.setdefault((family, *(row[names[0]] for names in columns.values())), []).append(env_id)
+    whole_names = Column("environments", width=1 + max(len(env_id) for _, env_id in refusals))
+    table = Table(whole_names, *map(", ".join, columns.values()), title="what trains on what")
+    for (_, *why), ids in rows.items():
+        table.add_row(", ".join(ids), *(f"no: {reason}" if reason else "yes" for reason in why), end_section=True)
+    return table
 
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrl_dist.devices import split_rows
 from jaxrl_dist.keys import is_key
+from jaxrl_dist.spaces import spaces_of
 
 
 class Transition(NamedTuple):
@@ -94,7 +95,7 @@ def step(
 
 def random_action(env, env_params, key: jax.Array, num_envs: int) -> jax.Array:
     """One uniform random action per environment, `[num_envs, *action]`."""
-    return jax.vmap(env.action_space(env_params).sample)(jax.random.split(key, num_envs))
+    return jax.vmap(spaces_of(env, env_params)[0].sample)(jax.random.split(key, num_envs))
 
 
 def transition_like(env, env_params) -> Transition:
@@ -103,7 +104,7 @@ def transition_like(env, env_params) -> Transition:
     def one(key):
         reset_key, action_key, step_key = jax.random.split(key, 3)
         interaction = start(env, env_params, reset_key, 1)
-        action = env.action_space(env_params).sample(action_key)[None]
+        action = random_action(env, env_params, action_key, 1)
         return step(env, env_params, interaction, action, step_key)[1]
 
     batched = jax.eval_shape(one, jax.random.key(0))

@@ -47,7 +47,8 @@ def train(
     """
     _optuna()
     sweeps.check(sweep)
-    options = dataclasses.replace(options, plots=False)
+    swept = [dataclasses.replace(config, warmup_steps=steps) for steps in axes.get("warmup_steps", ())]
+    options = problem.with_total_steps(dataclasses.replace(options, plots=False), config, *swept)
     problem.prepare(algorithm, make_agent, config, options)
     for field, axis in axes.items():
         for value in (axis.low, axis.high) if isinstance(axis, sweeps.Range) else axis:

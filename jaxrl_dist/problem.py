@@ -22,6 +22,7 @@ from jaxrl_dist.agent import (
     option,
     require,
 )
+from jaxrl_dist.spaces import bounds_of, kind_of
 
 # The host keeps a row of every run for every evaluation.
 MOST_RUNS = 1_000_000
@@ -37,8 +38,8 @@ class RunOptions:
     """settings of the environment as name=value, such as backend=mjx or max_steps_in_episode=500"""
     preset: str = "auto"
     """named defaults of the algorithm: auto (those for the environment, if any), none, or a name"""
-    total_steps: Count = 20_000
-    """environment steps of every seed, warm-up included"""
+    total_steps: Natural = 0
+    """environment steps of every seed, warm-up included; 0: 20,000, or twice the warm-up where that is more"""
     seed: Seed = 0
     """first seed; run i has seed + i and draws the same random numbers whatever the other seeds are"""
     num_seeds: Annotated[int, Range(1, MOST_RUNS)] = 4
@@ -110,6 +111,12 @@ def split_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     )
 
 
+def with_total_steps(options: RunOptions, *configs: Any) -> RunOptions:
+    """The options with the `total_steps` that 0 stands for, the same for all `configs`: an agent has to learn too."""
+    longest_warmup = max(config.warmup_steps for config in configs)
+    return dataclasses.replace(options, total_steps=options.total_steps or max(20_000, 2 * longest_warmup))
+
+
 class Problem(NamedTuple):
     """An algorithm on an environment, checked, with the configuration that will really run.
 
@@ -151,6 +158,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     """Check every setting before anything compiles; raises ConfigurationError (or ValueError) with one clear line."""
     check_configuration(options)
     check_configuration(config)
+    options = with_total_steps(options, config)
     doctor.require_platform(options.device)
     device_count(options)
     env, env_params = _make_env(options)
@@ -310,6 +318,4 @@ def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
 def action_bounds(env, env_params) -> tuple[np.ndarray, ...]:
     """The environment's own action bounds (low, high), behind the rescaling of `envs.make`; () for discrete actions."""
     space = (env.env if hasattr(env, "inner_action") else env).action_space(env_params)
-    if hasattr(space, "n"):
-        return ()
-    return np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+    return bounds_of(space) if kind_of(space) == "continuous" else ()

@@ -42,12 +42,9 @@ def draw_return_distribution(
     `state` is that of one run. The states are reached by the target policy after evenly spaced times, up to a quarter
     of the time limit.
     """
-    config, endless = problem.config, evaluation.without_time_limit(problem.env_params)
+    config, endless = problem.config, evaluation.without_time_limit(problem.env, problem.env_params)
     if endless is None:
-        console.print(
-            f"no {path}: the time limit of {problem.options.env_id} cannot be "
-            "lifted, and Monte-Carlo returns cut by it are not what the critic predicts"
-        )
+        console.print(f"no {path}: {evaluation.no_calibration(problem.env, problem.env_params)}")
         return
     limit = evaluation.episode_limit(problem.env_params, problem.options.eval_max_steps)
     compare = jax.jit(

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_dist import (
+    evaluation,
     hosts,
     interaction,
     plotting,
@@ -273,6 +274,9 @@ class _Session:
             config, probed = self.problem.config, options.probe_support
             source = "" if probed == "off" else f", from the {probed} of random actions"
             rows["support"] = f"{config.num_atoms} atoms from {config.v_min:g} to {config.v_max:g}{source}"
+        if options.eval_states and not programs.calibrates:
+            why = evaluation.no_calibration(self.problem.env, self.problem.env_params)
+            rows["calibration"] = f"off: {why}"
         for key, value in rows.items():
             table.add_row(f"[bold]{key}", value)
         self.console.print(table)

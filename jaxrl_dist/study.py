@@ -57,11 +57,9 @@ def train(
     `sweep` says whether all are trained to the end. Returns the study's folder. Every configuration is checked before
     anything compiles. Raises as `runner.train` does; what was trained until then stays.
     """
-    options = dataclasses.replace(options, plots=False)
-    problems = {
-        number: problem.prepare(algorithm, make_agent, dataclasses.replace(config, **fields), options)
-        for number, fields in enumerate(found)
-    }
+    configs = [dataclasses.replace(config, **fields) for fields in found]
+    options = problem.with_total_steps(dataclasses.replace(options, plots=False), *configs)
+    problems = {number: problem.prepare(algorithm, make_agent, one, options) for number, one in enumerate(configs)}
     rungs = sweeps.rungs(len(found), options.total_steps, sweep)
     ends = _iterations(problems, rungs, sweep)
     folder = runner.folder_of(algorithm, options)

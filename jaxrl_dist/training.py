@@ -299,9 +299,9 @@ class Programs:
                 agent_of(config), env, env_params, training.state, key, episodes=eval_episodes, max_steps=max_steps
             )
 
-        endless = evaluation.without_time_limit(env_params)
         # Learned return distributions can be compared with Monte-Carlo ones where the time limit can be lifted.
-        self.calibrates = eval_states > 0 and endless is not None
+        endless = evaluation.without_time_limit(env, env_params) if eval_states > 0 else None
+        self.calibrates = endless is not None
 
         def _calibrate(training, config, key):
             found = evaluation.return_distributions(

@@ -166,10 +166,10 @@ def toy(action_space=None, observation_space=None):
         ),
         (
             gymnax.make("Pendulum-v1"),
-            r"is Pendulum-v1, whose actions have shape \(1,\) and bounds -2.0 to 2.0",
+            r"is Pendulum-v1, whose actions have shape \(1,\) and bounds -2 to 2;",
         ),
         ((toy(spaces.Box(-1, 1, ())), None), r"--env-id is Odd, whose actions have shape \(\)"),
-        ((toy(spaces.Box(-1, np.array([1, 2]), (2,))), None), r"--env-id is Odd, .* bounds -1 to \[1 2\]"),
+        ((toy(spaces.Box(-1, np.array([1, 2]), (2,))), None), r"--env-id is Odd, .* bounds -1 to \[1.0, 2.0\]"),
         ((toy(None, spaces.Box(0, 1, (4, 4))), None), r"whose observations have shape \(4, 4\); .* needs vectors"),
     ],
 )

@@ -326,11 +326,11 @@ def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatc
     ):
         cli.main(dqn.Config, dqn.make_agent, presets, common + arguments)
     assert {problem.options.env_id for problem in asked} == {"CartPole-v1"}
-    assert [problem.options.total_steps for problem in asked] == [777, 555, 900, RunOptions().total_steps]
+    assert [problem.options.total_steps for problem in asked] == [777, 555, 900, 20_000]
     assert [problem.config.hidden for problem in asked] == [(8,), (8,), (128, 128), (128, 128)]
     assert [problem.config.warmup_steps for problem in asked] == [64, 64, 32, dqn.Config().warmup_steps]
     assert {problem.config.batch_size for problem in asked} == {16}
-    assert [problem.config.replay_capacity for problem in asked] == [777, 555, 900, RunOptions().total_steps]
+    assert [problem.config.replay_capacity for problem in asked] == [777, 555, 900, 20_000]
 
 
 def test_split_preset():

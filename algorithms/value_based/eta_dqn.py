@@ -51,6 +51,7 @@ from jaxrl_dist.agent import (
     configuration,
     discrete_action_count,
     require,
+    require_environment,
 )
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional.law import Law
@@ -201,10 +202,8 @@ def checked_discount(config: Config, env, env_params) -> float | jax.Array:
     """
     from jaxrl_dist.envs import stock as stock_of  # here, since gymnax starts JAX before the command line sets it up
 
-    require(
-        isinstance(env, stock_of.StockAugmented),
-        f"--env-id is {env.name}, which has no stock; this algorithm needs stock/{env.name} (envs/stock.py)",
-    )
+    is_stock = isinstance(env, stock_of.StockAugmented)
+    require_environment(is_stock, env, "observations hold no stock", f"stock/{env.name} (envs/stock.py)")
     stock_of.check_params(env_params)
     of_stock = env_params.discount
     if isinstance(config.discount, jax.core.Tracer) or isinstance(of_stock, jax.core.Tracer):

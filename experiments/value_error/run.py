@@ -130,7 +130,7 @@ class Measure:
         module = cli.find_algorithm(algorithm)
         self.scale, self.seeds, self.states = reward_scale, num_seeds, states
         self.programs = training.Programs(module.make_agent, config, env, env_params, num_runs=num_seeds)
-        endless = evaluation.without_time_limit(env_params)
+        endless = evaluation.without_time_limit(env, env_params)
 
         def judge(config, state, batch, key):
             agent = module.make_agent(config, env, env_params)

@@ -334,7 +334,9 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_environments_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="--env-id is Choices, which has no stock; this algorithm needs stock/Choices"):
+    with pytest.raises(
+        ValueError, match="Choices, whose observations hold no stock; this algorithm needs stock/Choices"
+    ):
         small_agent(by_hand.Choices())
     with pytest.raises(ValueError, match=r"observations of Pictures have shape \(10, 10, 4\); a stock can be added to"):
         augmented(by_hand.Pictures())

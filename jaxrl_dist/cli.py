@@ -34,7 +34,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     prints.
     """
     spread_over_cores()
-    from jaxrl_dist import hosts, optuna_study, problem, runner, study, sweeps
+    from jaxrl_dist import compile_cache, hosts, optuna_study, problem, runner, study, sweeps
     from jaxrl_dist.agent import option, require
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
@@ -57,6 +57,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             options = dataclasses.replace(options, name=options.name or hosts.by_first(runner.date_and_time))
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
+        compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
         if sweep.sweep_optuna and (swept or sweep.sweep_file):
@@ -106,6 +107,7 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
 
     Exits like `main`: with 2 for bad input, in one line.
     """
+    from jaxrl_dist import compile_cache
     from jaxrl_dist.agent import check_configuration
 
     console = Console()
@@ -116,6 +118,7 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
             config=(tyro.conf.FlagConversionOff,),
         )  # fmt: skip
         check_configuration(config)
+        compile_cache.use("auto", console)
         solver(config, console)
 
 
@@ -278,8 +281,9 @@ def _list(console: Console) -> None:
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import reporting
+    from jaxrl_dist import compile_cache, reporting
 
+    compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
     seeds, returns = reporting.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
     reporting.print_results(console, seeds, returns)
@@ -321,9 +325,10 @@ def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Conso
 
 def _plot_distribution(parsed: argparse.Namespace, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import reporting
+    from jaxrl_dist import compile_cache, reporting
     from jaxrl_dist.agent import require
 
+    compile_cache.use("auto", console)
     require(len(parsed.runs) == 1, f"RUN is {len(parsed.runs)} folders; --distribution draws one")
     out = parsed.out or Path("distribution.png")
     reporting.plot_distribution(

@@ -3,9 +3,9 @@
     python scripts/try_versions.py lowest [--python python3.12]
     python scripts/try_versions.py newest [--python python3.13]      # or: make lowest, make newest
 
-A fresh virtual environment gets the lowest (or newest) versions within the bounds of every direct dependency, those of
-the extra `dev` too, by uv's resolver; then `jaxrl-dist doctor` and the tests below run. With `lowest`, a lower bound
-that cannot be installed is an error: it says what nobody can have.
+A fresh virtual environment gets the lowest (or newest) versions within the bounds of every direct dependency and extra,
+by uv's resolver; then `jaxrl-dist doctor` and the tests below run. With `lowest`, a lower bound that cannot be
+installed is an error: it says what nobody can have.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+EXTRAS = ("dev", "tensorboard", "wandb")  # dev has those of the extras gymnasium and optuna
 # What leans on other packages, one or two algorithms, and how all of it is packaged.
 TESTS = (
     "test_packaging", "test_doctor", "test_checkpointing", "test_portable", "test_recording", "test_plotting",
@@ -44,8 +45,8 @@ def main() -> int:
         python = bin_folder / "python"
         run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"])
         resolution = {"lowest": "lowest-direct", "newest": "highest"}[given.which]
-        uv = [bin_folder / "uv", "pip", "install", "--python", python, "--no-cache", "--resolution", resolution]
-        run([*uv, "--editable", ".[dev]"])
+        uv = [bin_folder / "uv", "pip", "install", "--python", python, "--resolution", resolution]
+        run([*uv, "--editable", f".[{','.join(EXTRAS)}]"])
         versions = installed(python)
         print(f"{given.which} on Python {output([python, '--version']).split()[1]}:", versions, flush=True)
         if given.which == "lowest" and (too_low := unreachable(versions)):
@@ -67,10 +68,10 @@ def output(command: list) -> str:
 
 
 def direct() -> dict[str, str]:
-    """`{package: lower bound}` of the dependencies in pyproject.toml and of its extra `dev`."""
+    """`{package: lower bound}` of the dependencies in pyproject.toml and of `EXTRAS`."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["dev"]
-    pairs = (line.split(",")[0].partition(">=") for line in lines)
+    groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
+    pairs = (line.split(",")[0].partition(">=") for lines in groups for line in lines)
     return {name: bound for name, _, bound in pairs}
 
 

@@ -95,6 +95,8 @@ import jax, os, toys
 from pathlib import Path
 from jaxrl_dist import cli, compile_cache
 
+cli.spread_over_cores = lambda: None  # which can be done only once in a process
+
 def start(name):
     jax.clear_caches()  # as a new process has none
     print("START")

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXTRAS = ("dev", "tensorboard", "wandb")  # dev has those of the extras gymnasium and optuna
 # What leans on other packages, one or two algorithms, and how all of it is packaged.
 TESTS = (
-    "test_packaging", "test_doctor", "test_checkpointing", "test_portable", "test_recording", "test_plotting",
+    "test_packaging", "test_doctor", "test_cli", "test_compile_cache", "test_checkpointing", "test_portable", "test_recording", "test_plotting",
     "test_report", "test_statistics", "test_gymnasium_evaluation", "test_optuna", "test_runner", "test_sweeps",
     "envs/test_make", "envs/test_brax", "envs/test_check_env", "algorithms/test_tqc", "algorithms/test_qr_dqn",
     "distributional/test_categorical", "distributional/test_quantile",

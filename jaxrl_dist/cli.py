@@ -38,7 +38,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     prints.
     """
     spread_over_cores()
-    from jaxrl_dist import hosts, optuna_study, places, problem, runner, study, sweeps
+    from jaxrl_dist import compile_cache, hosts, optuna_study, places, problem, runner, study, sweeps
     from jaxrl_dist.agent import option
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
@@ -73,6 +73,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
         places.require_run_folder(runner.folder_of(algorithm, options), options.runs_folder)
+        compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
         if sweep.sweep_optuna and (swept or sweep.sweep_file):
@@ -111,6 +112,7 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
 
     Exits like `main`: with 2 for bad input, in one line.
     """
+    from jaxrl_dist import compile_cache
     from jaxrl_dist.agent import check_configuration
 
     source = Path(sys.modules[solver.__module__].__file__)
@@ -122,7 +124,9 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
         (read,) = words_of.values([config_type], given, program)
         config = config_type(**read)
         check_configuration(config)
-        solver(config, Console())
+        console = Console()
+        compile_cache.use("auto", console)
+        solver(config, console)
 
 
 def _description(make_agent, preset_name: str) -> str:
@@ -320,8 +324,9 @@ def _support(environments: Mapping[str, Sequence[str]]) -> Table:
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import reporting
+    from jaxrl_dist import compile_cache, reporting
 
+    compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
     seeds, returns = reporting.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
     reporting.print_results(console, seeds, returns)
@@ -369,8 +374,9 @@ def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Conso
 
 def _plot_distribution(parsed: argparse.Namespace, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import places, reporting
+    from jaxrl_dist import compile_cache, places, reporting
 
+    compile_cache.use("auto", console)
     require(len(parsed.runs) == 1, f"RUN is {len(parsed.runs)} folders; --distribution draws one")
     out = parsed.out or Path("distribution.png")
     places.require_picture(out)

@@ -91,7 +91,7 @@ def _require_fit(path: Path, environment: Any) -> None:
     from gymnasium import spaces
 
     space, env_id = environment.action_space, environment.spec.id
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in ("num_actions", "action_low", "action_high") if name in file.files}
     require(bool(arrays), f"RUN is {path}, which holds no policy")
     try:

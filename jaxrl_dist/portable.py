@@ -11,6 +11,9 @@ A `.stablehlo` program (`jax.export`) needs JAX and the package flatbuffers, and
 
 The file itself says on which platforms it runs (`program.platforms`). JAX promises to read it for six months of later
 versions; the version that wrote it is `versions.jax` in the run's `config.json`. An `.npz` file has no such limit.
+
+**Load a `.stablehlo` file only from where you would run a program from**: calling it executes what is in it. An `.npz`
+file is data: pickled objects, which execute when they are read, are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,9 +104,9 @@ def load_policy(path: Path | str) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a saved file, deterministic: observation -> action, both with any leading batch axis.
 
     Continuous actions are in the environment's units; of a choice of actions the index is returned, for observations
-    `[batch, *observation]`.
+    `[batch, *observation]`. Raises ValueError for a file with pickled objects, which would execute when they are read.
     """
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     return _greedy(arrays) if "num_actions" in arrays else _squashed(arrays)
 
@@ -119,7 +122,8 @@ def export_program(
 
     It maps observations `[batch, *observation]` to actions `[batch, *action]`: in the environment's units where its
     bounds are given, else indices. `observation` is one observation, or its `ShapeDtypeStruct`; `state` is that of one
-    run, and what the policy does not read of it, such as the replay, is not in the program.
+    run, and what the policy does not read of it, such as the replay, is not in the program. Whoever loads the program
+    executes it, so it is for people who trust its source.
     """
     import jax
     import jax.numpy as jnp

@@ -81,6 +81,9 @@ class RunOptions:
     """where run folders are made: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME"""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """what to run on; stops if it is not there"""
+    compile_cache: str = "auto"
+    """where compiled programs are kept for the next start: auto (your cache folder, or JAX_COMPILATION_CACHE_DIR), off,
+    or a folder that nobody else can write to, for what is read from it is executed"""
     devices: str = "all"
     """devices of that kind over which runs are spread, evenly: all, or at most so many"""
     data_parallel: bool = False

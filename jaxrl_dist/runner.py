@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_dist import (
+    compile_cache,
     evaluation,
     hosts,
     interaction,
@@ -183,9 +183,12 @@ class _Session:
             return self._complete()
         started = time.perf_counter()
         self.console.print("compiling ...")
+        read_before = compile_cache.hits()
         self.programs.compile()
         self.compile_seconds = time.perf_counter() - started
-        self.console.print(f"compiled in {self.compile_seconds:.1f} s")
+        read = compile_cache.hits() - read_before
+        of_them = f" ({read} program{'s' * (read > 1)} from the cache)" if read else ""
+        self.console.print(f"compiled in {self.compile_seconds:.1f} s{of_them}")
 
         recorder = recording.NoRecorder()
         if hosts.is_first():
@@ -744,6 +747,8 @@ def available_bytes() -> int | None:
 
 
 def _peak_bytes() -> int:
+    import resource
+
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

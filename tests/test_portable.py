@@ -164,3 +164,9 @@ def test_gelu_and_layer_normalisation_by_hand(tmp_path):
         np.testing.assert_allclose(action, [[np.tanh(expected)]], atol=1e-5)
     with pytest.raises(ValueError, match="activation is 'swish'; it must be one of relu, gelu"):
         portable.mlp_policy(layers, 1, activation="swish")
+
+
+def test_a_policy_with_pickled_objects_is_refused(tmp_path):
+    np.savez(tmp_path / "policy.npz", num_actions=np.int32(2), advantage_kernel_0=np.array([print], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        portable.load_policy(tmp_path / "policy.npz")

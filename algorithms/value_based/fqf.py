@@ -30,7 +30,7 @@ Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
 Expected: CartPole-v1 about 470 of 500 within 500,000 steps, with relapses: experiments/learning_curves.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -103,6 +103,8 @@ class Config:
     """step size of the proposal's RMSProp; at one near the network's the fractions collapse"""
     entropy_weight: NonNegative = 0.0
     """c, weight of the proposal's entropy"""
+    target_weights: Literal["mass", "equal"] = "mass"
+    """weights of the target's atoms in the loss: their masses, or as in the paper all alike, which is biased"""
     kappa: NonNegative = 1.0
     """threshold of the Huber function in units of return; 0 is plain quantile regression"""
     risk: str = "neutral"
@@ -197,9 +199,16 @@ def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
     return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
 
 
-def loss_of(quantiles: jax.Array, fractions: jax.Array, target: jax.Array, kappa: float | jax.Array) -> jax.Array:
-    """Mean quantile Huber loss: quantiles at the fractions, both `[batch, N]`, on targets `[batch, N]`."""
-    return quantile.quantile_huber_loss(quantiles, target, fractions, kappa=kappa, over_predicted="sum").mean()
+def loss_of(
+    quantiles: jax.Array, fractions: jax.Array, target: jax.Array, masses: jax.Array | None, kappa: float | jax.Array
+) -> jax.Array:
+    """Mean quantile Huber loss: quantiles at the fractions, both `[batch, N]`, on targets with masses, `[batch, N]`.
+
+    Without masses the targets count equally.
+    """
+    return quantile.quantile_huber_loss(
+        quantiles, target, fractions, kappa=kappa, over_predicted="sum", target_masses=masses
+    ).mean()
 
 
 def fraction_loss(
@@ -236,10 +245,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
         features = torso.apply(learner.target_network["torso"], batch.next_observation)
-        steps = staircase(proposal.apply(learner.target_network["proposal"], features))
-        next_quantiles = head.apply(learner.target_network["head"], features, steps.middles)
-        next_action = risks.value(risk, Law(next_quantiles, steps.masses[:, None])).argmax(-1)
+        next_steps = staircase(proposal.apply(learner.target_network["proposal"], features))
+        next_quantiles = head.apply(learner.target_network["head"], features, next_steps.middles)
+        next_action = risks.value(risk, Law(next_quantiles, next_steps.masses[:, None])).argmax(-1)
         target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
+        target_masses = next_steps.masses if config.target_weights == "mass" else None
 
         def objective(parameters):
             """Both losses in one: the first reaches torso and head only, the second the proposal only."""
@@ -250,7 +260,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             quantiles = networks.at_action(head.apply(parameters["head"], features, middles), batch.action)
             at_edges = head.apply(jax.lax.stop_gradient(parameters["head"]), constant, edges)
             at_edges = networks.at_action(at_edges, batch.action)
-            loss = loss_of(quantiles, middles, target, config.kappa)
+            loss = loss_of(quantiles, middles, target, target_masses, config.kappa)
             return loss + fraction_loss(steps, quantiles, at_edges, config.entropy_weight), (loss, quantiles, steps)
 
         (_, (loss, values, steps)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
@@ -259,7 +269,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         updates = learner.updates + 1
         target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
         metrics = {
-            "loss": loss, "value": (steps.masses * values).sum(-1).mean(), "target": target.mean(),
+            "loss": loss, "value": (steps.masses * values).sum(-1).mean(),
+            "target": (next_steps.masses * target).sum(-1).mean(),
             "gradient_norm": optax.tree.norm(gradient),
             "fraction_entropy": jax.scipy.special.entr(steps.masses).sum(-1).mean(),
         }  # fmt: skip

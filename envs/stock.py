@@ -43,6 +43,9 @@ from jaxrl_dist.spaces import kind_of, spaces_of
 # What a stock of float32 is off by: a return that reaches the threshold exactly must count as reaching it.
 ROUNDING = 1e-5
 
+# Utilities that differ by less are equal: rounding errors apart, in units of the utility.
+TIE = 1e-5
+
 UTILITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "mean": lambda x: x,
     "shortfall": lambda x: jnp.minimum(x, 0),
@@ -66,6 +69,17 @@ def stock_after(stock: jax.Array, reward: jax.Array, discount: jax.Array | float
 def action_utilities(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
     """mean_j f(c + theta_j): stock `[...]` and quantiles `[..., actions, quantiles]` -> `[..., actions]`."""
     return UTILITIES[utility](stock[..., None, None] + quantiles).mean(-1)
+
+
+def preferences(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
+    """Numbers whose argmax is the greedy action, shapes as for `action_utilities`.
+
+    An action of the best utility has its mean return, any other minus infinity. So ties of the utility (within `TIE`)
+    go to the larger mean: who has nothing to lose by f should not waste what is left.
+    """
+    values = action_utilities(utility, stock, quantiles)
+    tied = values >= values.max(-1, keepdims=True) - TIE
+    return jnp.where(tied, quantiles.mean(-1), -jnp.inf)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------

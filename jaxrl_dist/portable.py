@@ -185,7 +185,9 @@ def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarr
         if "value_kernel_0" in arrays:
             outputs = _perceptron(arrays, "value_", features)[:, None] + outputs - outputs.mean(1, keepdims=True)
         if "utility" in arrays:
-            return UTILITIES[str(arrays["utility"])](stock[..., None] + outputs).mean(-1).argmax(-1)
+            values = UTILITIES[str(arrays["utility"])](stock[..., None] + outputs).mean(-1)
+            tied = values >= values.max(-1, keepdims=True) - 1e-5  # as `envs.stock.preferences`
+            return np.where(tied, outputs.mean(-1), -np.inf).argmax(-1)
         return _value(arrays, outputs, masses).argmax(-1)
 
     return policy

@@ -180,6 +180,13 @@ def test_windows_do_not_cross_the_boundary_of_an_episode():
         np.testing.assert_array_equal(batch.reward, [3, 2, 60, 50, 30])
         np.testing.assert_array_equal(batch.discount, [truncated, truncated, 1, 1, 1])
         np.testing.assert_array_equal(batch.next_observation[:, 0], [1.5, 1.5, 4.5, 4.5, 4.5])
+        # Rewards are cut one by one, on either side.
+        for sign in (1, -1):
+            signed = ring._replace(rows=ring.rows._replace(reward=sign * ring.rows.reward))
+            cut = BATCH_AT(
+                experience.Experience(signed, live, None), jnp.arange(5), num_steps=3, gamma=1.0, reward_clip=1.5
+            )
+            np.testing.assert_array_equal(cut.reward, sign * np.array([2.5, 1.5, 4.5, 3, 1.5]))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

@@ -324,12 +324,15 @@ def _support(environments: Mapping[str, Sequence[str]]) -> Table:
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import compile_cache, reporting
+    from jaxrl_dist import compile_cache, recording, reporting
 
     compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
     seeds, returns = reporting.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
-    reporting.print_results(console, seeds, returns)
+    diverged = {}
+    if (folder / "metrics.csv").exists():
+        diverged = reporting.diverged_seeds(recording.read_metrics(folder))
+    reporting.print_results(console, seeds, returns, diverged)
 
 
 def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None:

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from jaxrl_dist import arguments as words_of
 from jaxrl_dist.agent import ConfigurationError, Count, Seed, check_value, require
 from jaxrl_dist.catalog import algorithms, display_name, find_algorithm, title
-from jaxrl_dist.wording import alternatives, nearest
+from jaxrl_dist.wording import alternatives, counted, nearest
 
 BROKEN = 1
 USAGE_ERROR = 2
@@ -78,14 +78,33 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
         if sweep.sweep_optuna and (swept or sweep.sweep_file):
             axes = sweeps.parse(config_type, swept, random=True)
-            optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
+            folder = optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
         elif swept or sweep.sweep_file:
             found = sweeps.configurations(config_type, swept, sweep)
-            study.train(algorithm, make_agent, config, options, found, console, sweep)
+            folder = study.train(algorithm, make_agent, config, options, found, console, sweep)
         else:
             given = [name for name, default in vars(sweeps.SweepOptions()).items() if getattr(sweep, name) != default]
             require(not given, f"{', '.join(map(option, given))} need --sweep.FIELD VALUES")
-            runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+            folder = runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+        if hosts.is_first():
+            _require_sound(folder)
+
+
+def _require_sound(folder: Path) -> None:
+    """End with an error where runs of a training or a study diverged, after all its results are there."""
+    from jaxrl_dist import recording, study, tables
+
+    metrics = tables.read(folder / "results.csv") if study.is_study(folder) else recording.read_metrics(folder)
+    lost = recording.divergences(metrics)
+    if len(lost):
+        lanes = len(metrics[[column for column in ("configuration", "seed") if column in metrics]].drop_duplicates())
+        first = lost.iloc[0]
+        name = recording.run_name(first.to_dict(), " ").replace("_", " ")
+        _stop(
+            f"{len(lost)} of {counted(lanes, 'run')} diverged (the first: {name}, {first.metric} at iteration "
+            f"{first.iteration}) and ended as they were before; results of all are in {folder}",
+            BROKEN,
+        )
 
 
 def spread_over_cores() -> None:

@@ -427,6 +427,9 @@ class _Session:
                 self._save(state, iteration, recorder)
         return state, iteration
 
+    def _warn(self, sentence: str) -> None:
+        self.console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def _name(self, run: int) -> str:
         return ", ".join(f"{what} {number}" for what, number in self.runs[run].items())
 
@@ -485,8 +488,8 @@ class _Session:
             self.warned_of_clipping = True
             worst = max(range(len(rows)), key=lambda run: rows[run].get("clipped_mass", 0.0))
             config = self._config_of(worst)
-            self.console.print(
-                f"[yellow]clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps in {self._name(worst)}: "
+            self._warn(
+                f"clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps in {self._name(worst)}: "
                 f"so much of the targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen "
                 "them, or use --probe-support"
             )
@@ -516,8 +519,8 @@ class _Session:
         self.implausible_said = WORSE * excess(rows[worst])
         row = rows[worst]
         name = max(("value", "target"), key=lambda name: abs(row.get(name, 0.0)))
-        self.console.print(
-            f"[yellow]{name} is {row[name]:.4g} at {row['env_steps']:,} env steps in {self._name(worst)}, but no "
+        self._warn(
+            f"{name} is {row[name]:.4g} at {row['env_steps']:,} env steps in {self._name(worst)}, but no "
             f"policy can be worth more than {row['value_bound']:.4g}: the largest |reward| seen so far"
             f"{', and bonus,' if self.largest_bonus[worst] else ''} over 1 - discount; the critic over-estimates or "
             "diverges"
@@ -533,8 +536,8 @@ class _Session:
             column = min(np.flatnonzero(broken_at[run] >= 0), key=lambda column: broken_at[run, column])
             self.diverged[int(run)] = int(broken_at[run, column]), watched[column]
             if say and self.options.on_divergence == "freeze":
-                self.console.print(
-                    f"[yellow]{watched[column]} became NaN or infinite at iteration {broken_at[run, column]} in "
+                self._warn(
+                    f"{watched[column]} became NaN or infinite at iteration {broken_at[run, column]} in "
                     f"{self._name(run)}: frozen at its last finite learner, the others go on"
                 )
 
@@ -601,7 +604,11 @@ class _Session:
         if returns is None:
             returns = hosts.by_first(lambda: self._recorded_returns(iteration))
         if returns is not None:
-            reporting.print_results(self.console, self.seeds, np.asarray(returns))
+            diverged = {
+                self.seeds[run]: f"at iteration {iteration:,}: {metric}"
+                for run, (iteration, metric) in self.diverged.items()
+            }
+            reporting.print_results(self.console, self.seeds, np.asarray(returns), diverged)
 
     def _print_speed(self, iteration: int) -> None:
         runs = len(self.runs)

@@ -1,5 +1,5 @@
 # make train, make test (or test-fast), make lint (or format), make bench, make notebook: each first sets up .venv, from
-# nothing but Python 3.11 or newer.
+# nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions that are allowed.
 #
 #   make train ARGS="--env-id brax/hopper --total-steps 100000"    what to train (any option of the script)
 #   make train EXTRAS=dev,cuda                                     with JAX for an NVIDIA GPU
@@ -15,7 +15,7 @@ PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
 
-.PHONY: help setup train test test-fast lint format bench notebook
+.PHONY: help setup train test test-fast lint format bench notebook lowest newest
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -52,3 +52,6 @@ bench: $(READY)
 
 notebook: $(READY)
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+lowest newest: $(READY)
+	$(BIN)/python scripts/try_versions.py $@ --python $(PYTHON) $(ARGS)

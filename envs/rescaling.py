@@ -9,19 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
 
+from jaxrl_dist.spaces import bounds_of, kind_of, spaces_of
+
 
 def rescale_actions(env: Any, params: Any) -> Any:
     """The environment with actions in Box(-1, 1): `env` itself where that holds already or actions are discrete.
 
     The bounds are read once, at `params`; environments whose bounds depend on parameters (Pendulum's `max_torque`)
-    follow the parameters given to each step. Raises ValueError where an action is unbounded or a bound is not a number.
+    follow the parameters given to each step. Raises ValueError for other spaces than these, for an action that is
+    unbounded, and for a bound that is not a number.
     """
-    space = env.action_space(params)
-    if isinstance(space, spaces.Discrete):
+    space, _ = spaces_of(env, params)
+    kind = kind_of(space)
+    if kind == "discrete":
         return env
-    if not isinstance(space, spaces.Box):
-        raise ValueError(f"action_space of {env.name} is {space!r}, allowed: Box with finite bounds or Discrete")
-    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+    if kind != "continuous":
+        raise ValueError(
+            f"actions of {env.name} are {kind}, allowed: one choice (Discrete), or floats with finite bounds (Box)"
+        )
+    low, high = bounds_of(space)
     with np.errstate(over="ignore", invalid="ignore"):
         span = high - low  # infinite also for bounds of ±float32's largest number, which mean "unbounded"
     if not np.all(np.isfinite(span) & (span > 0)):

@@ -7,6 +7,7 @@ with a name, never a surprise after an hour of training.
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Literal, NamedTuple
 import jax
 from packaging.requirements import Requirement
 
+from jaxrl_dist import compile_cache
+from jaxrl_dist.wording import counted
+
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
+
+# Runs need POSIX: locks of files (fcntl), SIGTERM, getrusage.
+NO_WINDOWS = "jaxrl_dist runs on Linux and macOS; Windows is not supported"
 
 _PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
@@ -37,8 +44,11 @@ def require_platform(asked: Platform) -> str:
     """The platform that JAX uses, `cpu`, `gpu` or `tpu`; call it before anything else uses JAX.
 
     asked: `auto` takes what JAX chooses, with a warning where an accelerator of this machine stays unused; `cpu` is
-    also set, which works until JAX has started. ValueError where JAX uses another platform than the one asked for.
+    also set, which works until JAX has started. ValueError where JAX uses another platform than the one asked for, and
+    on Windows.
     """
+    if sys.platform == "win32":
+        raise ValueError(NO_WINDOWS)
     if asked not in _PLATFORMS:
         raise ValueError(f"device={asked!r}: must be one of {', '.join(_PLATFORMS)}")
     if asked == "cpu":
@@ -64,6 +74,8 @@ def problems() -> list[str]:
         ]
     except importlib.metadata.PackageNotFoundError:
         found = ["jaxrl-dist is not installed, so its bounds are unknown; `pip install -e .` in its folder"]
+    if sys.platform == "win32":
+        found.append(NO_WINDOWS)
     used, failure = _platform_in_use()
     return found + ([failure] if used is None else _unused_accelerators(used))
 
@@ -73,22 +85,20 @@ def report() -> str:
     used, failure = _platform_in_use()
     devices = [] if used is None else jax.devices()
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
-    cache = jax.config.jax_compilation_cache_dir
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     sections = {
         "dependencies": _dependency_lines(),
         "hardware": {
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "accelerators found": ", ".join(_accelerators().values()) or "none",
             "asked for": jax.config.jax_platforms or "nothing: JAX chooses",
-            "JAX uses": f"{used}, {len(devices)} device(s): {kinds}" if used else failure,
+            "JAX uses": f"{used}, {counted(len(devices), 'device')}: {kinds}" if used else failure,
             **{name: os.environ.get(name, "(not set)") for name in _VARIABLES},
         },
         "settings": {
             "matmul precision": jax.config.jax_default_matmul_precision
             or "default (full float32 on CPUs, less on TPUs and recent GPUs)",
             "64-bit floats": "on" if jax.config.jax_enable_x64 else "off",
-            "compile cache": f"{cache}, for programs that compile for {seconds} s or longer" if cache else "off",
+            "compile cache": _compile_cache(),
         },
     }
     lines = []
@@ -102,6 +112,17 @@ def main() -> int:
     """Print the report; the exit status is 1 where something is wrong."""
     print(report())
     return 1 if problems() else 0
+
+
+def _compile_cache() -> str:
+    place = compile_cache.folder()
+    if place is None:
+        return "off"
+    programs = compile_cache.entries(place)
+    if not programs:
+        return f"{place}, empty"
+    size = sum(path.stat().st_size for path in programs) / 2**20
+    return f"{place}, {len(programs)} program(s), {size:,.1f} MiB; `rm -r {shlex.quote(place)}` empties it"
 
 
 def _dependencies() -> list[Dependency]:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from jaxrl_dist import interaction
 from jaxrl_dist.agent import Agent
@@ -11,6 +12,7 @@ from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.metrics import wasserstein_1
 from jaxrl_dist.interaction import Interaction
+from jaxrl_dist.spaces import spaces_of
 
 # Monte-Carlo returns are followed until less than this part of the discounted weight is left ...
 NEGLIGIBLE_WEIGHT = 0.01
@@ -18,6 +20,8 @@ NEGLIGIBLE_WEIGHT = 0.01
 LONGEST_ROLLOUT = 2000
 # The central interval of learned laws whose coverage is reported.
 CENTRAL_INTERVAL = (0.1, 0.9)
+
+LIMIT_HAS_ANOTHER_MEANING = "its observations, rewards or terminations depend on max_steps_in_episode"
 
 
 class Episodes(NamedTuple):
@@ -62,13 +66,51 @@ def calibration(found: ReturnDistributions) -> Calibration:
     return Calibration(wasserstein_1(predicted, returns).mean(), error.mean(), error.std(), inside.mean())
 
 
-def without_time_limit(env_params) -> Any | None:
-    """The environment's parameters with its time limit lifted, or None where it has none that can be.
+def without_time_limit(env, env_params) -> Any | None:
+    """The environment's parameters with its time limit lifted, or None where `limited_because` says why it cannot be.
 
     A critic that bootstraps at time limits predicts the return of the task without one.
     """
-    liftable = hasattr(env_params, "max_steps_in_episode") and hasattr(env_params, "replace")
-    return env_params.replace(max_steps_in_episode=2**30) if liftable else None
+    if limited_because(env, env_params):
+        return None
+    limit, far = env_params.max_steps_in_episode, 2**30
+    # Of the old type, so that the environment's programs are not traced again.
+    lifted = jnp.full_like(limit, far) if hasattr(limit, "dtype") else type(limit)(far)
+    return env_params.replace(max_steps_in_episode=lifted)
+
+
+def limited_because(env, env_params) -> str:
+    """Why the time limit cannot be lifted; empty where it can.
+
+    Reads the traced program of a reset and a step: nothing is compiled or run.
+    """
+    if not (hasattr(env_params, "max_steps_in_episode") and hasattr(env_params, "replace")):
+        return "its parameters have no max_steps_in_episode that could be replaced"
+
+    def outcomes(limit, reset_key, action_key, step_key, inner_key):
+        params = env_params.replace(max_steps_in_episode=limit)
+        observation, state = interaction.strengthen(env.reset(reset_key, params))
+        action = spaces_of(env, env_params)[0].sample(action_key)
+        _, _, reward, terminated, _, info = env.step(step_key, state, action, params)
+        # The state after `step` may be one after a reset, which depends on the limit in every environment.
+        successor = env.step_env(inner_key, state, action, params)[1] if hasattr(env, "step_env") else ()
+        return observation, state, info["final_observation"], reward, terminated, successor
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    try:
+        program = jax.make_jaxpr(outcomes)(env_params.max_steps_in_episode, *keys)
+    except jax.errors.JAXTypeError:
+        return LIMIT_HAS_ANOTHER_MEANING
+    _, used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
+    return LIMIT_HAS_ANOTHER_MEANING if used[0] else ""
+
+
+def no_calibration(env, env_params) -> str:
+    """Why returns are not compared, for the user."""
+    return (
+        f"the time limit of {env.name} cannot be lifted ({limited_because(env, env_params)}), and Monte-Carlo returns "
+        "cut by it are not what the critic predicts"
+    )
 
 
 def horizon(discount: float | jax.Array) -> jax.Array:

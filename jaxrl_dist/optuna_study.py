@@ -26,6 +26,7 @@ from rich.console import Console
 
 from jaxrl_dist import problem, recording, runner, study, sweeps
 from jaxrl_dist.agent import ConfigurationError, check_configuration, require
+from jaxrl_dist.wording import counted
 
 STUDY_NAME = "jaxrl_dist"
 
@@ -46,7 +47,8 @@ def train(
     """
     _optuna()
     sweeps.check(sweep)
-    options = dataclasses.replace(options, plots=False)
+    swept = [dataclasses.replace(config, warmup_steps=steps) for steps in axes.get("warmup_steps", ())]
+    options = problem.with_total_steps(dataclasses.replace(options, plots=False), config, *swept)
     problem.prepare(algorithm, make_agent, config, options)
     for field, axis in axes.items():
         for value in (axis.low, axis.high) if isinstance(axis, sweeps.Range) else axis:
@@ -62,8 +64,8 @@ def train(
         )
         proposals = _Proposals(folder, axes, sweep)
         console.print(
-            f"[bold]study[/bold] of {sweep.sweep_optuna} trials with {options.num_seeds} seeds each, "
-            f"{sweep.sweep_parallel} proposed at once, in {folder}"
+            f"[bold]study[/bold] of {counted(sweep.sweep_optuna, 'trial')} with "
+            f"{counted(options.num_seeds, 'seed')} each, {sweep.sweep_parallel} proposed at once, in {folder}"
         )
         problems: dict[int, problem.Problem] = {}
         waves = study.Waves(folder, problems, options, console)

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from jaxrl_dist import plotting, recording, statistics
 from jaxrl_dist.agent import require
+from jaxrl_dist.places import require_output
 from jaxrl_dist.report_page import PAGE
 from jaxrl_dist.report_runs import (
     NONE,
@@ -36,7 +37,7 @@ from jaxrl_dist.report_runs import (
     listed,
     lowest_and_highest,
     read_bounds,
-    read_run,
+    read_runs,
     show,
 )
 
@@ -56,15 +57,15 @@ class Estimate(NamedTuple):
 def write(paths: Sequence[Path], out: Path, normalize: Path | None, console: Console) -> None:
     """Write the page about the runs in `paths` to `out`, and say on the console what is amiss with them.
 
-    paths: run folders, or the `.json` of runs as `experiments/learning_curves` keeps them. normalize: a JSON file
-    `{environment: [low, high]}`, the returns whose normalized scores are 0 and 1. Raises ValueError on what is no run
-    with evaluations and on an unusable `normalize`.
+    paths: folders of runs or studies, or the `.json` of runs as `experiments/learning_curves` keeps them. normalize: a
+    JSON file `{environment: [low, high]}`, the returns whose normalized scores are 0 and 1. Raises ValueError on what
+    is no run with evaluations and on an unusable `normalize`.
     """
     require(len(paths) > 0, "RUN is empty; give at least one folder of a run")
-    require(out.parent.is_dir() and not out.is_dir(), f"--out is {out}; it must be a file in a folder that exists")
+    require_output(out)
     twice = [path for index, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:index]]]
     require(not twice, f"RUN has {twice[0] if twice else ''} twice; give each run once")
-    groups = grouped([read_run(path) for path in paths])
+    groups = grouped([run for path in paths for run in read_runs(path)])
     bounds = read_bounds(normalize, groups) if normalize else lowest_and_highest(groups)
     page = render(groups, bounds, normalize)
     out.write_text(page, encoding="utf-8")

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import recording, statistics
+from jaxrl_dist import recording, statistics, sweeps
 from jaxrl_dist.agent import require
+from jaxrl_dist.catalog import display_name
 
 EPISODE_COLUMNS = ("env_steps", "seed", "episode", "episode_return")
+MOST_OF_A_STUDY = 8
 NONE = "\N{EN DASH}"  # what stands where there is nothing to show
 
 
@@ -101,7 +103,46 @@ def read_run(path: Path) -> Run:
             about, episodes, metrics = _committed(path) if path.suffix == ".json" else _folder(path)
         except (json.JSONDecodeError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
             raise ValueError(f"RUN is {path}, which cannot be read: {str(error).splitlines()[0]}") from error
+    return _checked(path, about, episodes, metrics, caught)
 
+
+def read_runs(path: Path) -> list[Run]:
+    """The run in `path`; of a study each configuration as a run, the `MOST_OF_A_STUDY` best where there are more."""
+    from jaxrl_dist import study
+
+    if not study.is_study(path):
+        return [read_run(path)]
+    waves = study.finished_waves(path)
+    require(bool(waves), f"RUN is {path}, a study of which no wave is finished yet")
+    results = study.metrics_of(waves)
+    best = list(sweeps.ranking(results, []).configuration)
+    found = [_configuration(path, waves, number) for number in sorted(best[:MOST_OF_A_STUDY])]
+    if len(best) > len(found):
+        said = f"{path.name}: the {len(found)} best of {len(best)} configurations are shown, so they flatter"
+        found[0] = dataclasses.replace(found[0], warnings=(said, *found[0].warnings))
+    return found
+
+
+def _configuration(path: Path, waves: Sequence[Path], number: int) -> Run:
+    """One configuration of a study as a run of its own, put together from the waves in which it took part."""
+    abouts = [recording.read_config(wave) for wave in waves]
+    own = [(wave, about) for wave, about in zip(waves, abouts, strict=True) if number in about["configurations"]]
+    tables = [
+        pd.concat([table[table.configuration == number] for wave, _ in own for table in [read(wave)]])
+        for read in (recording.read_evaluations, recording.read_metrics)
+    ]
+    about = own[-1][1]
+    first_run = about["configurations"].index(number) * about["options"]["num_seeds"]
+    single = json.loads((path / "study.json").read_text(encoding="utf-8"))["config"]
+    # Along the runs of a wave lie the floats, which are single numbers in the study's own configuration.
+    config = {
+        name: value[first_run] if isinstance(value, list) and not isinstance(single.get(name), list) else value
+        for name, value in about["config"].items()
+    }
+    return _checked(path / f"configuration_{number}", {**about, "config": config, "configurations": []}, *tables, [])
+
+
+def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFrame | None, caught: Sequence) -> Run:
     is_run = isinstance(about, dict) and all(isinstance(about.get(name), dict) for name in ("config", "options"))
     is_run = is_run and isinstance(about.get("algorithm"), str) and isinstance(about["options"].get("env_id"), str)
     require(is_run, f"RUN is {path}, which is no run: its JSON has no algorithm, config or options.env_id")
@@ -234,7 +275,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         details = [", ".join(f"{field}={show(identity.get(field, ...))}" for field in fields) for identity, _ in own]
         numbers = {detail: number for number, detail in enumerate(dict.fromkeys(details), start=1)}
         for detail, (_, found) in zip(details, own, strict=True):
-            label = f"{algorithm} {numbers[detail]}" if fields else algorithm
+            label = display_name(algorithm) + f" {numbers[detail]}" * bool(fields)
             groups.append((numbers[detail], Group(label, detail, found[0].environment, tuple(found))))
     return [group for _, group in sorted(groups, key=lambda x: (x[1].environment, x[1].runs[0].algorithm, x[0]))]
 

@@ -26,11 +26,14 @@ from typing import Any
 
 import jax
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import hosts, plotting, problem, recording, runner, sweeps, training
+from jaxrl_dist import hosts, plotting, problem, recording, resuming, runner, sweeps, training
 from jaxrl_dist.agent import require
+from jaxrl_dist.catalog import display_name
+from jaxrl_dist.wording import counted
 
 # Of the free memory; a compiled program also needs room for its temporaries.
 MEMORY_TO_FILL = 0.5
@@ -54,11 +57,9 @@ def train(
     `sweep` says whether all are trained to the end. Returns the study's folder. Every configuration is checked before
     anything compiles. Raises as `runner.train` does; what was trained until then stays.
     """
-    options = dataclasses.replace(options, plots=False)
-    problems = {
-        number: problem.prepare(algorithm, make_agent, dataclasses.replace(config, **fields), options)
-        for number, fields in enumerate(found)
-    }
+    configs = [dataclasses.replace(config, **fields) for fields in found]
+    options = problem.with_total_steps(dataclasses.replace(options, plots=False), *configs)
+    problems = {number: problem.prepare(algorithm, make_agent, one, options) for number, one in enumerate(configs)}
     rungs = sweeps.rungs(len(found), options.total_steps, sweep)
     ends = _iterations(problems, rungs, sweep)
     folder = runner.folder_of(algorithm, options)
@@ -163,7 +164,7 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     """The table of all finished waves, the ranking and the pictures; `out` is the picture of the ranking."""
     study = read(folder)
     fields = study["fields"]
-    finished = sorted(mark.parent for pattern in ("", "*/") for mark in folder.glob(f"{pattern}wave_*/finished"))
+    finished = finished_waves(folder)
     require(bool(finished), f"STUDY is {folder}, of which no wave is finished yet")
     table = pd.DataFrame(study["configurations"])
     for field in fields:
@@ -174,7 +175,7 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     ranking = sweeps.ranking(results, fields, metric)
     ranking.to_csv(folder / "ranking.csv", index=False)
     _print_ranking(console, study, ranking, metric)
-    title = f"{study['algorithm'].upper()} on {study['options']['env_id']}"
+    title = f"{display_name(study['algorithm'])} on {study['options']['env_id']}"
     plotting.ranking(ranking, fields, out or folder / "ranking.png", title=title, metric=metric)
     equal = ranking
     if "rung" in results:  # all configurations after the same training: at the end of the first rung
@@ -182,6 +183,11 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
         title = f"{title}, after {equal.env_steps.max():,} env steps"
     plotting.response(equal, fields, folder / "response.png", title=title, metric=metric)
     console.print(f"results in {folder}")
+
+
+def finished_waves(folder: Path) -> list[Path]:
+    """The run folders of a study's finished waves, in the order of their rungs or batches."""
+    return sorted(mark.parent for pattern in ("", "*/") for mark in folder.glob(f"{pattern}wave_*/finished"))
 
 
 def metrics_of(waves: Sequence[Path]) -> pd.DataFrame:
@@ -217,7 +223,7 @@ def write_or_compare(
         recording.write_json(folder / "study.json", description)
         return
     before, as_written = read(folder), json.loads(json.dumps(description))
-    runner.require_same_settings(before, as_written, "total_steps", "probe_support")
+    resuming.require_same_settings(before, as_written, "total_steps", "probe_support")
     for name in equal:
         require(
             before.get(name) == as_written[name],
@@ -253,8 +259,9 @@ def _iterations(
 def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps.Rung], options) -> None:
     groups = len({sweeps.static_fields(one.config) for one in problems.values()})
     console.print(
-        f"[bold]study[/bold] of {len(problems)} configurations with {options.num_seeds} seeds each: "
-        f"{len(problems) * options.num_seeds} runs in {groups} group(s) that share a compiled program, in {folder}"
+        f"[bold]study[/bold] of {counted(len(problems), 'configuration')} with {counted(options.num_seeds, 'seed')} "
+        f"each: {counted(len(problems) * options.num_seeds, 'run')} in {counted(groups, 'group')} that share a "
+        f"compiled program, in {folder}"
     )
     if len(rungs) > 1:
         stages = ", ".join(f"{rung.size} until {rung.env_steps:,}" for rung in rungs)
@@ -266,11 +273,18 @@ def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps
 
 def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str) -> None:
     fields = study["fields"]
-    table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds")
-    for column in ranking.columns:
-        table.add_column(column, justify="right")
-    for row in ranking.head(SHOWN_ROWS).itertuples(index=False):
-        table.add_row(*("" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+    # Narrow enough for 80 columns: an interval is one column, a rung stands for its env steps, and names are broken.
+    table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds", box=box.SIMPLE_HEAD)
+    names = {"configuration": "no.", metric: "IQM", "low": "95 % interval", "best": "part first"}
+    rows = ranking.head(SHOWN_ROWS).map(lambda x: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x))
+    if "low" in rows:
+        rows["low"] = [low and f"[{low}, {high}]" for low, high in zip(rows.low, rows.high, strict=True)]
+    rows = rows.drop(columns=["high", "env_steps"], errors="ignore")
+    for column, cells in rows.items():
+        name, widest = names.get(column, column.replace("_", " ")), max(map(len, cells)) if column != "low" else 0
+        table.add_column(name, justify="right", overflow="fold", min_width=widest)
+    for row in rows.itertuples(index=False):
+        table.add_row(*row)
     console.print(table)
     if len(ranking) > SHOWN_ROWS:
         console.print(f"{len(ranking) - SHOWN_ROWS} more in ranking.csv")
@@ -279,4 +293,4 @@ def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFram
     if "rung" in ranking:
         furthest = (ranking.rung == ranking.rung.max()).sum()
         sure += f"; {furthest} of {len(ranking)} configurations came as far"
-    console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}")
+    console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}", soft_wrap=True)

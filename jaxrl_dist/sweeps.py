@@ -6,21 +6,26 @@ is trained in waves. `study` trains them; this module says what they are.
 """
 
 import dataclasses
-import difflib
 import itertools
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import statistics
-from jaxrl_dist.agent import Count, Natural, check_configuration, option, require
+from jaxrl_dist import arguments, statistics
+from jaxrl_dist.agent import ConfigurationError, Natural, Seed, check_configuration, option, require
+from jaxrl_dist.agent import Range as Bounds
+from jaxrl_dist.wording import alternatives, nearest
 
 PREFIX = "--sweep."
+MOST = 100_000
+"""configurations of a sweep"""
+Configurations = Annotated[int, Bounds(0, MOST)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +35,9 @@ class SweepOptions:
 
     sweep_file: str = ""
     """CSV file with a row per configuration and a column per field, instead of or beside --sweep.FIELD"""
-    sweep_samples: Natural = 0
+    sweep_samples: Configurations = 0
     """0: every combination of the values (a grid); above: so many random ones, ranges drawn between their ends"""
-    sweep_seed: Natural = 0
+    sweep_seed: Seed = 0
     """seed of the random combinations, or of Optuna's proposals"""
 
     sweep_halving: Natural = 0
@@ -42,10 +47,10 @@ class SweepOptions:
     sweep_rungs: Natural = 0
     """rungs of successive halving; 0: as many as leave a single configuration"""
 
-    sweep_optuna: Natural = 0
+    sweep_optuna: Configurations = 0
     """configurations that Optuna proposes (its TPE sampler) out of the values and ranges of --sweep.FIELD, each after
     seeing how the earlier ones scored; 0: off"""
-    sweep_parallel: Count = 1
+    sweep_parallel: Annotated[int, Bounds(1, MOST)] = 1
     """proposals that Optuna makes at once; those that differ in floats alone train as one wave"""
 
 
@@ -100,16 +105,12 @@ def parse(config_type: type, swept: Mapping[str, Sequence[str]], *, random: bool
 
 
 def _axis(config_type: type, field: str, words: Sequence[str], random: bool) -> Axis:
-    known = {f.name: f for f in dataclasses.fields(config_type)}
-    name = PREFIX + field.replace("_", "-")
-    if field not in known:
-        near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(PREFIX + n.replace('_', '-') for n in near)}?" if near else (
-            f"fields: {', '.join(sorted(known))}"
-        )  # fmt: skip
-        require(False, f"{name} is no field of the algorithm; {hint}")
+    hints, name = typing.get_type_hints(config_type), PREFIX + field.replace("_", "-")
+    near = [PREFIX + each.replace("_", "-") for each in nearest(field, hints)]
+    known = f"did you mean {alternatives(near)}?" if near else f"fields: {', '.join(sorted(hints))}"
+    require(field in hints, f"{name} is no field of the algorithm; {known}")
     require(len(words) > 0, f"{name} has no values; give some, such as {name} 0.1 0.2, or a range LOW:HIGH:COUNT")
-    hint = _plain_type(config_type, field)
+    hint = hints[field]
     if len(words) == 1 and ":" in words[0] and hint is not str:
         require(
             hint is float,
@@ -117,14 +118,9 @@ def _axis(config_type: type, field: str, words: Sequence[str], random: bool) -> 
             "one by one",
         )
         return _range(name, words[0], random)
-    values = [_value(name, hint, word) for word in words]
+    values = [arguments.read(name, hint, [word]) for word in words]
     require(len(set(values)) == len(values), f"{name} is {' '.join(words)}; every value once")
     return values
-
-
-def _plain_type(config_type: type, field: str) -> type:
-    hint = typing.get_type_hints(config_type)[field]
-    return tuple if typing.get_origin(hint) is tuple else hint
 
 
 def _range(name: str, word: str, random: bool) -> Range:
@@ -134,31 +130,22 @@ def _range(name: str, word: str, random: bool) -> Range:
     wanted = f"{name} is {word}; it must be LOW:HIGH:COUNT or LOW:HIGH:COUNT:log" + (", or without COUNT" * random)
     try:
         low, high = float(numbers[0]), float(numbers[1])
-        count = int(numbers[2]) if len(numbers) == 3 else 0
+        count = arguments.whole_number(numbers[2]) if len(numbers) == 3 else 0
     except (ValueError, IndexError):
         require(False, wanted)
     require(len(numbers) == 3 or (random and len(numbers) == 2), wanted)
     require(low < high, f"{name} is {word}, an empty range; LOW must be below HIGH")
+    require(math.isfinite(low) and math.isfinite(high), f"{name} is {word}; LOW and HIGH must be finite")
     require(len(numbers) == 2 or count >= 2, f"{name} is {word}; COUNT must be at least 2")
+    require(count <= MOST, f"{name} is {word}; COUNT must be at most {MOST:,}")
     require(not log or low > 0, f"{name} is {word}; LOW must be above 0 for log")
     return Range(low, high, count, log)
-
-
-def _value(name: str, hint: type, word: str) -> Any:
-    try:
-        if hint is bool:
-            return {"true": True, "false": False}[word.lower()]
-        if hint is tuple:  # widths, written with commas
-            return tuple(int(part) for part in word.split(",") if part)
-        return hint(word) if hint in (int, float) else word
-    except (ValueError, KeyError):
-        kinds = {bool: "True or False", tuple: "whole numbers with commas, such as 64,64", int: "a whole number"}
-        require(False, f"{name} has the value {word!r}; it must be {kinds.get(hint, 'a number')}")
 
 
 def combine(axes: Mapping[str, Axis], options: SweepOptions) -> list[dict[str, Any]]:
     """All configurations, each as the fields that differ from the base: a grid, or `sweep_samples` random ones."""
     if options.sweep_samples == 0:
+        _require_few(math.prod(axis.count if isinstance(axis, Range) else len(axis) for axis in axes.values()))
         grids = [axis.grid() if isinstance(axis, Range) else axis for axis in axes.values()]
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*grids)]
     generator = np.random.default_rng(options.sweep_seed)
@@ -173,10 +160,21 @@ def combine(axes: Mapping[str, Axis], options: SweepOptions) -> list[dict[str, A
 def from_file(config_type: type, path: Path) -> list[dict[str, Any]]:
     """One configuration per row of a CSV file whose columns are fields; ConfigurationError names what is wrong."""
     require(path.is_file(), f"--sweep-file is {path}, which is no file")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # of pandas' many, all are ValueErrors: not UTF-8, no columns, rows too long
+        raise ConfigurationError(f"--sweep-file is {path}, which cannot be read: {error}") from error
     require(len(table) > 0, f"--sweep-file is {path}, which has no rows")
-    columns = {field: [_axis(config_type, field, [word], False) for word in table[field]] for field in table}
-    return [{field: columns[field][row][0] for field in table} for row in range(len(table))]
+    hints = typing.get_type_hints(config_type)
+    for field in table:
+        require(field in hints, f"--sweep-file is {path}, whose column {field!r} is no field of the algorithm")
+    return [
+        {
+            field: arguments.read(f"--sweep-file {path}, row {number}, {field}", hints[field], [row[field]])
+            for field in table
+        }
+        for number, row in enumerate(table.to_dict("records"), start=2)
+    ]
 
 
 def check(options: SweepOptions) -> None:
@@ -220,8 +218,15 @@ def configurations(
         rows = from_file(config_type, Path(options.sweep_file))
         both = set(axes) & set(rows[0])
         require(not both, f"--sweep-file and {PREFIX}{min(both, default='')} give the same field; give it once")
+        _require_few(len(rows) * len(found))
         found = [row | values for row in rows for values in found]
     return found
+
+
+def _require_few(count: int) -> None:
+    require(
+        count <= MOST, f"{PREFIX}FIELD and --sweep-file make {count:,} configurations; at most {MOST:,} are allowed"
+    )
 
 
 # -- what runs together -----------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ class Machine:
         patch.setattr(doctor, "_DEVICE_FILES", folder)
         for name in (*doctor._TPU_VARIABLES, "CUDA_VISIBLE_DEVICES"):
             patch.delenv(name, raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(folder))
         self.settings = {
             "jax_platforms": None,
             "jax_default_matmul_precision": None,
             "jax_enable_x64": False,
             "jax_compilation_cache_dir": None,
-            "jax_persistent_cache_min_compile_time_secs": 1.0,
+            "jax_enable_compilation_cache": True,
         }
         patch.setattr(jax, "config", SimpleNamespace(**self.settings, update=self.update))
         self.uses("cpu")
@@ -71,9 +72,9 @@ def test_all_is_well_on_a_machine_without_accelerator(machine, capsys):
         assert importlib.metadata.version(name) in rows[name]
         assert ">=" in rows[name]
     assert "pytest" not in rows  # extras are nobody's duty
-    assert "cpu, 2 device(s): a cpu" in text
+    assert "cpu, 2 devices: a cpu" in text
     assert "default" in next(line for line in text.splitlines() if "matmul precision" in line)
-    assert next(line for line in text.splitlines() if "compile cache" in line).endswith("off")
+    assert next(line for line in text.splitlines() if "compile cache" in line).endswith("compiled, empty")
 
 
 def test_an_unused_gpu_is_loud(machine, capsys):
@@ -146,14 +147,26 @@ def test_not_installed_is_a_problem_and_no_crash(machine, monkeypatch, capsys):
     assert "PROBLEM: jaxrl-dist is not installed" in text
 
 
-def test_settings_are_shown(machine):
+def test_settings_are_shown(machine, tmp_path):
     jax.config.jax_default_matmul_precision = "highest"
-    jax.config.jax_compilation_cache_dir = "some/folder"
+    jax.config.jax_compilation_cache_dir = str(tmp_path)
+    (tmp_path / "jit_advance-0-cache").write_bytes(bytes(2**20))
     jax.config.jax_enable_x64 = True
     text = doctor.report()
     assert "highest" in text
-    assert "some/folder, for programs that compile for 1.0 s or longer" in text
+    assert f"{tmp_path}, 1 program(s), 1.0 MiB; `rm -r {tmp_path}` empties it" in text
     assert next(line for line in text.splitlines() if "64-bit" in line).endswith("on")
+    jax.config.jax_enable_compilation_cache = False
+    assert next(line for line in doctor.report().splitlines() if "compile cache" in line).endswith("off")
+
+
+def test_windows_is_refused_in_one_line(machine, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ValueError, match=r"^jaxrl_dist runs on Linux and macOS; Windows is not supported$"):
+        doctor.require_platform("auto")
+    status, text = run_main(capsys)
+    assert status == 1
+    assert "PROBLEM: jaxrl_dist runs on Linux and macOS; Windows is not supported" in text
 
 
 def test_jax_that_cannot_start_is_reported(machine, capsys):

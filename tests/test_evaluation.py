@@ -211,10 +211,19 @@ def test_horizon_leaves_a_hundredth_of_the_weight(discount, steps):
 
 
 def test_without_time_limit():
-    endless = evaluation.without_time_limit(ToyParams(longest=9, max_steps_in_episode=7))
+    endless = evaluation.without_time_limit(Toy(), ToyParams(longest=9, max_steps_in_episode=7))
     assert endless.max_steps_in_episode > 10**9
     assert endless.longest == 9
-    assert evaluation.without_time_limit(object()) is None
+    assert evaluation.without_time_limit(Toy(), object()) is None
+    assert "no max_steps_in_episode" in evaluation.no_calibration(Toy(), object())
+
+
+@pytest.mark.parametrize("limit", [7.0, jnp.int32(7), np.float32(7)])
+def test_a_lifted_limit_is_of_the_old_type(limit):
+    """Else the environment's programs would be traced and compiled again."""
+    lifted = evaluation.without_time_limit(Toy(), ToyParams(max_steps_in_episode=limit)).max_steps_in_episode
+    assert np.all(np.asarray(lifted) == 2**30)
+    assert type(lifted) is float if type(limit) is float else (lifted.dtype, lifted.shape) == (limit.dtype, limit.shape)
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------

@@ -270,5 +270,5 @@ def test_options_that_do_not_go_together_are_one_clear_line(arguments, message, 
     module = cli.find_algorithm("tqc")
     with pytest.raises(SystemExit, match="2"):
         cli.main(module.Config, module.make_agent, module.PRESETS, [*arguments.split(), "--runs-folder", str(tmp_path)])
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

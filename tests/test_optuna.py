@@ -238,5 +238,5 @@ def test_without_optuna_one_line_says_how_to_install_it(tmp_path, monkeypatch, c
             module.Config, module.make_agent, module.PRESETS,
             ["--sweep.num-critics", "2", "3", "--sweep-optuna", "2", "--runs-folder", str(tmp_path)],
         )  # fmt: skip
-    assert '--sweep-optuna needs the package optuna: pip install "jaxrl-dist[optuna]"' in capsys.readouterr().out
+    assert '--sweep-optuna needs the package optuna: pip install "jaxrl-dist[optuna]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import warnings
 import zipfile
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE_FOLDERS = ("jaxrl_dist", "algorithms", "envs")  # installed; the top-level two inside of `jaxrl_dist`
+FOR_USERS = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md")
 CODE_FOLDERS = (*PACKAGE_FOLDERS, "experiments", "tests")
 # Floors, the lowest first: what a file in this folder may not import, at whatever place in the file.
 FORBIDDEN = {
@@ -141,20 +144,48 @@ def test_installed_version_and_source_agree():
     assert importlib.metadata.version("jaxrl-dist") == jaxrl_dist.__version__
 
 
+def test_licence_citation_and_changelog_say_what_the_package_is():
+    licence = " ".join((REPOSITORY / "LICENSE").read_text(encoding="utf-8").split())
+    assert licence.startswith("Apache License Version 2.0, January 2004")
+    assert licence.endswith("limitations under the License.")
+    project = PYPROJECT["project"]
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format 1.2.0 asks for
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert changes.index("\n## [Unreleased]\n") < changes.index(f"\n## [{project['version']}] - ")
+
+
+def test_modules_that_windows_lacks_are_imported_in_functions_only():
+    """So that Windows gets the sentence of `doctor.require_platform` rather than an ImportError."""
+    for path in source_files(*PACKAGE_FOLDERS):
+        for name, line, lazy in imports((REPOSITORY / path).read_text(encoding="utf-8"), module_name(path)):
+            assert lazy or name not in ("fcntl", "resource", "termios", "pwd", "grp"), f"{path}:{line} imports {name}"
+
+
 def test_the_wheel_holds_every_module_under_one_import_root(tmp_path):
     """Built without isolation, so without a network, in a copy, since setuptools leaves its `build` folder behind."""
     copy = tmp_path / "repository"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "MANIFEST.in", "Makefile", "constraints.txt", *FOR_USERS):
         shutil.copy(REPOSITORY / name, copy)
     for folder in PACKAGE_FOLDERS:
         shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    program = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    program = f"from setuptools import build_meta as build; build.build_sdist({str(tmp_path)!r})"
+    program += f"; build.build_wheel({str(tmp_path)!r})"
     built = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        (licence,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(licence) == (REPOSITORY / "LICENSE").read_bytes()
+    assert "jaxrl_dist/py.typed" in names
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        in_source = {name.partition("/")[2] for name in archive.getnames()}
+    assert in_source >= {*FOR_USERS, "constraints.txt", "Makefile", "jaxrl_dist/py.typed"}
     modules = {name for name in names if name.endswith(".py")}
     assert modules == {module_name(path).replace(".", "/") + ".py" for path in source_files(*PACKAGE_FOLDERS)}
     assert "jaxrl_dist/algorithms/actor_critic/tqc.py" in modules

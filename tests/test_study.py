@@ -1,6 +1,7 @@
 """A study from the command line to its pictures: each run is the run alone, and a killed study goes on."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -148,6 +149,24 @@ def test_waves_fill_half_of_the_free_memory(monkeypatch, tmp_path):
     for free, sizes in ((8 * needed, [3, 3, 3]), (8 * needed - 1, [3, 3, 3]), (10 * needed, [5, 4]), (None, [9])):
         monkeypatch.setattr(runner, "available_bytes", lambda free=free: free)
         assert [len(wave.numbers) for wave in waves.cut(f"{free}", range(9)).values()] == sizes
+
+
+def test_a_ranking_fits_eighty_columns():
+    """Three fields with long names, under halving: no line is longer, and no number is cut."""
+    fields = ["temperature_learning_rate", "target_entropy_per_action", "normalize_observations"]
+    ranking = pd.DataFrame(
+        [[12, 2, 100_000, 0.00012345, -1.2345, "True", -1234.5, -1300.25, -1200.75, 0.975],
+         [3, 1, 50_000, 0.00012345, -1.2345, "False", -1334.5, -1400.25, -1250.75, float("nan")]],
+        columns=["configuration", "rung", "env_steps", *fields, "evaluation_return", "low", "high", "best"],
+    )  # fmt: skip
+    text = io.StringIO()
+    study._print_ranking(Console(file=text, width=80), {"fields": fields}, ranking, "evaluation_return")
+    *lines, best = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert best.startswith("best: --temperature-learning-rate 0.00012345 --target-entropy-per-action -1.2345 --norm")
+    for word in ("12", "2", "0.0001234", "-1.234", "False", "-1234", "[-1300,", "-1201]", "0.975", "entropy"):
+        assert word in text.getvalue().split(), word
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text.getvalue()
 
 
 def test_a_study_is_plotted_by_its_folder(finished, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_file_gives_one_configuration_per_row(tmp_path):
         ({"discount": "0:1:3:log"}, "LOW must be above 0 for log"),
         ({"discount": "low:high:3"}, "it must be LOW:HIGH:COUNT"),
         ({"discount": "0.9 0.9"}, "every value once"),
-        ({"discount": "0.9 much"}, r"--sweep\.discount has the value 'much'; it must be a number"),
+        ({"discount": "0.9 much"}, r"--sweep\.discount is 'much'; it must be a number"),
         ({"batch_size": "16:64:3"}, r"batch_size is static \(it selects a compiled program\)"),
         ({"batch_size": "1.5"}, "it must be a whole number"),
         ({"duelling": "maybe"}, "True or False"),

@@ -130,7 +130,7 @@ class Measure:
         module = cli.find_algorithm(algorithm)
         self.scale, self.seeds, self.states = reward_scale, num_seeds, states
         self.programs = training.Programs(module.make_agent, config, env, env_params, num_runs=num_seeds)
-        endless = evaluation.without_time_limit(env_params)
+        endless = evaluation.without_time_limit(env, env_params)
 
         def judge(config, state, batch, key):
             agent = module.make_agent(config, env, env_params)
@@ -187,7 +187,7 @@ def summarise(folder: Path, environment: str, reward_scale: float) -> None:
     for path in sorted(folder.glob("*.csv")):
         if path.stem != "summary":
             frame = pd.read_csv(path)
-            frames[frame.agent.iloc[0].upper()] = frame
+            frames[cli.display_name(frame.agent.iloc[0])] = frame
     title = environment if reward_scale == 1 else f"{environment}, rewards times {reward_scale:g}"
     for metric in METRICS:
         # Errors fall by orders of magnitude; what remains at the end is what agents differ in.

@@ -47,8 +47,8 @@ def print_results(console: Console, seeds, returns: np.ndarray, diverged: Mappin
         line += f", 95 % interval [{low:.1f}, {high:.1f}]"
     if len(means) < len(returns):
         line += f" ({len(returns) - len(means)} of {len(returns)} left out: not finite)"
-    counted = returns[finite]
-    console.print(f"{line}; CVaR 10 % of all {counted.size} episode returns: {cvar(counted.ravel(), 0.1):.1f}")
+    kept = returns[finite]
+    console.print(f"{line}; CVaR 10 % of all {kept.size} episode returns: {cvar(kept.ravel(), 0.1):.1f}")
 
 
 def diverged_seeds(metrics: pd.DataFrame) -> dict[int, str]:
@@ -143,7 +143,7 @@ def plot_distribution(
     problem = run.problem
     draw_return_distribution(
         problem.make_agent(problem.config, problem.env, problem.env_params), problem,
-        training.one_run(run.state.state, index), jax.random.key(seed), out, console,
+        training.one_run(training.without_replay(run.state.state), index), jax.random.key(seed), out, console,
         title=f"{display_name(problem.algorithm)} on {problem.options.env_id}, seed {run_seed}", states=states,
     )  # fmt: skip
 

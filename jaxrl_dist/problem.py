@@ -95,6 +95,9 @@ class RunOptions:
     """with --distributed HOST:PORT: how many processes there are"""
     process_id: int = -1
     """with --distributed HOST:PORT: number of this process, from 0"""
+    memory: Literal["check", "ignore"] = "check"
+    """check: refuse a run whose predicted memory is more than there is, or whose checkpoints are more than the disk
+    takes; ignore: try it all the same"""
     runs_mode: training.RunsMode = "auto"
     """how the seeds of one device run: vmap (together) or map (one after another, bit for bit as if alone)"""
     plots: bool = True

@@ -143,7 +143,7 @@ def plot_distribution(
     problem = run.problem
     draw_return_distribution(
         problem.make_agent(problem.config, problem.env, problem.env_params), problem,
-        training.one_run(run.state.state, index), jax.random.key(seed), out, console,
+        training.one_run(training.without_replay(run.state.state), index), jax.random.key(seed), out, console,
         title=f"{display_name(problem.algorithm)} on {problem.options.env_id}, seed {run_seed}", states=states,
     )  # fmt: skip
 

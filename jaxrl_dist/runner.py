@@ -9,7 +9,6 @@ agree on the length of every chunk and on stopping, and the first one alone prin
 import contextlib
 import dataclasses
 import datetime
-import math
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from jaxrl_dist import (
     evaluation,
     hosts,
     interaction,
+    memory,
     plotting,
     portable,
     progress,
@@ -38,8 +38,7 @@ from jaxrl_dist import (
 )
 from jaxrl_dist.agent import Agent, ConfigurationError, require
 from jaxrl_dist.catalog import display_name
-from jaxrl_dist.checkpointing import Checkpoints
-from jaxrl_dist.keys import is_key
+from jaxrl_dist.checkpointing import Checkpoints, megabytes
 from jaxrl_dist.places import require_name
 from jaxrl_dist.problem import Problem, RunOptions, action_bounds, device_count
 from jaxrl_dist.wording import counted
@@ -93,6 +92,8 @@ def train(
         else:
             hosts.by_first(lambda: _require_unused(folder))
         programs = programs or make_programs(problem)
+        memory.require_room(problem, programs, console)
+        memory.require_disk(problem, programs, folder)
         if not options.resume:
             owned.enter_context(claim(folder, options))
         return _Session(problem, folder, console, programs, leg, past).run()
@@ -258,9 +259,6 @@ class _Session:
 
     def _print_plan(self) -> None:
         options, agent, programs = self.options, self.agent, self.programs
-        abstract = programs.abstract_training
-        copies = programs.num_devices if options.data_parallel else 1
-        total, replay = copies * bytes_of(abstract), copies * bytes_of(abstract.state.experience.replay)
         ratio = agent.updates_per_iteration / agent.steps_per_iteration
         table = Table.grid(padding=(0, 2))
         rows = {
@@ -270,7 +268,7 @@ class _Session:
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             "each run": f"{self.env_steps(self.total_iterations):,} env steps, {agent.warmup_steps:,} of them warm-up; "
             f"{self.total_iterations * agent.updates_per_iteration:,} updates ({ratio:g} per env step)",
-            "memory": f"{_megabytes(total)} predicted for all runs, {_megabytes(replay)} of it replay",
+            "memory": memory.summary(programs),
             "folder": str(self.folder),
         }
         if hasattr(self.problem.config, "v_min") and not self.problem.configurations:
@@ -283,12 +281,6 @@ class _Session:
         for key, value in rows.items():
             table.add_row(f"[bold]{key}", value)
         self.console.print(table)
-        available = available_bytes()
-        require(
-            available is None or total < available,
-            f"--num-seeds is {options.num_seeds} and --replay-capacity {self.problem.config.replay_capacity}: the runs "
-            f"need {_megabytes(total)}, but {_megabytes(available or 0)} are free; lower either of them",
-        )
 
     def _of_configurations(self) -> str:
         count = len(self.problem.configurations)
@@ -590,7 +582,8 @@ class _Session:
         for run in training.runs_here(state):
             name = self.runs[run]
             agent = self.problem.make_agent(self._config_of(run), self.problem.env, self.problem.env_params)
-            trained, path = training.one_run(state.state, run), self.folder / "policies" / recording.run_name(name)
+            trained = training.one_run(training.without_replay(state.state), run)
+            path = self.folder / "policies" / recording.run_name(name)
             portable.save_policy(path.with_suffix(".npz"), agent.export(trained), *bounds)
             if run == 0:  # of the first run only: it takes up to a second
                 observation = interaction.transition_like(self.problem.env, self.problem.env_params).observation
@@ -619,7 +612,7 @@ class _Session:
         updates = iterations * self.agent.updates_per_iteration * runs
         self.console.print(
             f"compiled in {self.compile_seconds:.1f} s, trained in {seconds:.1f} s, peak memory "
-            f"{_megabytes(_peak_bytes())}; {counted(runs, 'run')} together did {steps / seconds:,.0f} env steps/s and "
+            f"{megabytes(_peak_bytes())}; {counted(runs, 'run')} together did {steps / seconds:,.0f} env steps/s and "
             f"{updates / seconds:,.0f} updates/s"
         )
 
@@ -635,7 +628,7 @@ class _Session:
     def _draw_distribution(self, state: training.Training) -> None:
         if 0 not in training.runs_here(state):
             return
-        first_run = training.one_run(state.state, 0)
+        first_run = training.one_run(training.without_replay(state.state), 0)
         reporting.draw_return_distribution(
             self.agent, self.problem, first_run, jax.random.fold_in(self.evaluation_keys[0], 2**31 - 1),
             self.folder / "return_distribution.png", self.console, title=f"{self._title}, seed {self.seeds[0]}",
@@ -723,34 +716,6 @@ def _of_first_run(config: Any) -> Any:
 
 def _without_place(options: RunOptions) -> RunOptions:
     return dataclasses.replace(options, process_id=-1)
-
-
-def bytes_of(tree) -> int:
-    def size(x):
-        if is_key(x):
-            x = jax.eval_shape(jax.random.key_data, x)
-        return math.prod(x.shape) * x.dtype.itemsize
-
-    return sum(size(x) for x in jax.tree.leaves(tree))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
-
-
-def available_bytes() -> int | None:
-    """Memory the runs may fill: the devices' limit, or what the hosts have free; None where neither is known."""
-    machines = hosts.machines()
-
-    def of_all_like_this_one() -> int | None:
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        if limit:
-            return limit * jax.device_count()
-        if "SC_AVPHYS_PAGES" in os.sysconf_names:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
-        return None
-
-    return hosts.by_first(of_all_like_this_one)
 
 
 def _peak_bytes() -> int:

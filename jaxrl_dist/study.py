@@ -18,25 +18,23 @@ evaluations, schedules and sizes are those of the whole budget. Each rung compil
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import hosts, plotting, problem, recording, resuming, runner, sweeps, training
+from jaxrl_dist import hosts, memory, plotting, problem, recording, resuming, runner, sweeps, training
 from jaxrl_dist.agent import require
 from jaxrl_dist.catalog import display_name
 from jaxrl_dist.wording import counted
 
-# Of the free memory; a compiled program also needs room for its temporaries.
-MEMORY_TO_FILL = 0.5
+# Of the available memory.
+MEMORY_TO_FILL = memory.COMFORTABLE
 # Compiled programs stay in memory for waves of the same group and size to come.
 PROGRAMS_KEPT = 8
 SHOWN_ROWS = 20
@@ -146,17 +144,16 @@ class Waves:
 
     def _largest(self, numbers: Sequence[int]) -> dict[Any, int]:
         """For each group of static fields, how many configurations fit into memory at once."""
-        available, largest = runner.available_bytes(), {}
+        available, largest = memory.available_bytes(), {}
         for number in numbers:
             one = self.problems[number]
             key = sweeps.static_fields(one.config)
             if available is None:
                 largest[key] = len(numbers)
             elif key not in largest:
-                agent = one.make_agent(one.config, one.env, one.env_params)
-                run = jax.eval_shape(functools.partial(training.begin, agent), jax.random.key(0))
-                needed = runner.bytes_of(run) * self.options.num_seeds
-                largest[key] = max(1, int(available * MEMORY_TO_FILL / needed))
+                prediction = memory.predict(runner.make_programs(one))
+                room = available * MEMORY_TO_FILL - prediction.compiling
+                largest[key] = max(1, int(room / prediction.of_the_runs))
         return largest
 
 

@@ -361,6 +361,21 @@ class Programs:
         shardings = jax.tree.broadcast(self._training_sharding, shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
+    @functools.cached_property
+    def traces(self) -> dict[str, jax.stages.Traced]:
+        """All pieces as JAX traced them, by name: what is compiled, and from which `memory` predicts its needs."""
+        training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
+        traces = {
+            "begin": self._begin.trace(self.configs, keys),
+            "advance": self._advance.trace(training, self.configs, np.int32(0)),
+            "evaluate": self._evaluate.trace(training, self.configs, keys),
+            "take_metrics": self._take_metrics.trace(training),
+            "largest_reward": self._largest_reward.trace(training.state),
+        }
+        if self.calibrates:
+            traces["calibrate"] = self._calibrate.trace(training, self.configs, keys)
+        return traces
+
     def _spread(self, configs: Any) -> Any:
         floats = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x, np.float32), self.num_runs), configs)
         return hosts.place(floats, self.sharding)
@@ -374,14 +389,8 @@ class Programs:
         if self.compiled:
             return
         self.compiled = True
-        training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
-        self._begin = self._begin.lower(self.configs, keys).compile()
-        self._advance = self._advance.lower(training, self.configs, np.int32(0)).compile()
-        self._evaluate = self._evaluate.lower(training, self.configs, keys).compile()
-        self._take_metrics = self._take_metrics.lower(training).compile()
-        self._largest_reward = self._largest_reward.lower(training.state).compile()
-        if self.calibrates:
-            self._calibrate = self._calibrate.lower(training, self.configs, keys).compile()
+        for name, traced in self.traces.items():
+            setattr(self, f"_{name}", traced.lower().compile())
 
     def memory_of_advance(self) -> int:
         """Bytes that the compiled training program holds at once: arguments (all state) and temporaries."""
@@ -436,6 +445,15 @@ def one_run(tree: Any, run: int) -> Any:
         raise IndexError(f"run is {run}; this process holds no such run of {x.shape[0]}")
 
     return jax.tree.map(take, tree)
+
+
+def without_replay(state: Any) -> Any:
+    """An agent's state with None in the place of its replay, which is large, and no policy acts by it."""
+
+    def is_large(node: Any) -> bool:
+        return isinstance(node, Replay | Priorities)
+
+    return jax.tree.map(lambda node: None if is_large(node) else node, state, is_leaf=is_large)
 
 
 def _rows_split(training: Any, mesh: jax.sharding.Mesh) -> Any:

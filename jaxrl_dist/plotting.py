@@ -91,9 +91,9 @@ def learning_curve(
         note = "one seed, so no interval"
     else:
         note = f"interquartile mean of {seeds} seeds; band: 95 % bootstrap interval"
-        note += "; thin lines: seeds" if len(curves) == 1 else ""
+        note += "; thin lines: seeds" if len(curves) == 1 and not any(map(len, diverged.values())) else ""
     crosses = sum(map(len, diverged.values()))
-    note += f"; cross: a seed diverged ({crosses})" if crosses else ""
+    note += f"; crosses: {crosses} diverged" if crosses else ""  # the line has no room for more
     _title(axes, title, note)
     return _saved(figure, path)
 
@@ -187,6 +187,7 @@ def ranking(
     for marker, rows in (("o", broken == 0), ("x", broken > 0)):
         axes.scatter(shown[metric][rows], heights[rows], color=np.array(colours)[rows], marker=marker)
     axes.set_yticks(heights, labels)
+    axes.set_ylim(heights[-1] - 0.5, 0.5)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel(metric.replace("_", " "))
     note = "interquartile mean over seeds, 95 % bootstrap interval" if "low" in shown else "one seed, so no interval"

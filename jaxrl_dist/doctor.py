@@ -188,8 +188,8 @@ def _unused_accelerators(used: str) -> list[str]:
 def _advice(asked: str) -> str:
     if asked == "cpu":
         return "set JAX_PLATFORMS=cpu before starting"
-    extra = {"gpu": "cuda", "tpu": "tpu"}[asked]
-    return f"install JAX for it with `pip install -e '.[{extra}]'` and see `jaxrl-dist doctor`"
+    extra = {"gpu": "cuda13", "tpu": "tpu"}[asked]
+    return f"install JAX for it with `pip install 'jax[{extra}]=={jax.__version__}'` and see `jaxrl-dist doctor`"
 
 
 if __name__ == "__main__":

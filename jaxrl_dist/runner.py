@@ -456,7 +456,11 @@ class _Session:
             metrics = {name: float(value) for name, value in zip(self._names, averages[run], strict=True)}
             clock = {"seconds": round(self.training_seconds, 3)}
             diverged_at, diverged_metric = self.diverged.get(run, (None, None))
-            marks = {"value_bound": bounds[run], "diverged_at": diverged_at, "diverged_metric": diverged_metric}
+            marks = {
+                "value_bound": bounds[run],
+                "diverged_at": diverged_at,
+                "diverged_metric": diverged_metric,
+            }
             judgement = {name: float(values[run]) for name, values in judged.items()}
             rows.append(position | clock | judgement | metrics | marks)
             outcomes = zip(episodes.episode_return[run], episodes.episode_length[run], strict=True)
@@ -486,24 +490,23 @@ class _Session:
                 "them, or use --probe-support"
             )
 
-    def _value_bounds(self, largest_reward: np.ndarray, averages: np.ndarray) -> np.ndarray:
-        """The largest |value| that rewards and discount allow, `[runs]`: those seen so far, for ever; inf or NaN where
-        nothing is known. The bonus of soft agents counts like a reward."""
+    def _value_bounds(self, largest_reward: np.ndarray, averages: np.ndarray) -> list[float | None]:
+        """The largest |value| of each run that rewards and discount allow: the largest reward so far, for ever; None
+        where there is no such bound. The bonus of soft agents counts like a reward."""
         if "largest_bonus" in self._names:
             bonus = np.nan_to_num(averages[:, self._names.index("largest_bonus")])
             self.largest_bonus = np.maximum(self.largest_bonus, bonus)
         discount = getattr(self.problem.config, "discount", 1.0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (largest_reward + self.largest_bonus) / (1 - np.broadcast_to(discount, len(self.runs)))
+            bounds = (largest_reward + self.largest_bonus) / (1 - np.broadcast_to(discount, len(self.runs)))
+        return [float(bound) if np.isfinite(bound) else None for bound in bounds]
 
     def _warn_of_implausible(self, rows: list[dict[str, Any]]) -> None:
         """Say once, and again when it is ten times worse, that learned values are beyond what is possible."""
 
         def excess(row: dict[str, Any]) -> float:
-            ratios = [
-                abs(row.get(name, 0.0)) / row["value_bound"] for name in ("value", "target") if row["value_bound"]
-            ]
-            return max((ratio for ratio in ratios if np.isfinite(ratio)), default=0.0)
+            claimed = max(abs(row.get(name, 0.0)) for name in ("value", "target"))  # NaN in a first row
+            return claimed / row["value_bound"] if row["value_bound"] and claimed > 0 else 0.0
 
         worst = max(range(len(rows)), key=lambda run: excess(rows[run]))
         if excess(rows[worst]) <= self.implausible_said:

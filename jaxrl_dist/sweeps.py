@@ -26,6 +26,7 @@ PREFIX = "--sweep."
 MOST = 100_000
 """configurations of a sweep"""
 Configurations = Annotated[int, Bounds(0, MOST)]
+SOME_BROKEN, ALL_BROKEN = 1, 2  # how many seeds of a configuration; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,9 +309,12 @@ def rungs(count: int, total_steps: int, options: SweepOptions) -> list[Rung]:
 
 
 def best(results: pd.DataFrame, count: int) -> list[int]:
-    """Numbers of the `count` configurations with the best last evaluation, ascending; of equals the first numbers."""
+    """Numbers of the `count` configurations with the best last evaluation, ascending; of equals the first numbers.
+
+    Those with diverged seeds come after all others (`standings`).
+    """
     scores = _last_scores(results, "evaluation_return")
-    order = np.argsort(-statistics.interquartile_mean(scores.values, axis=1), kind="stable")
+    order = np.lexsort((-_means(scores), standings(results)))
     return sorted(int(number) for number in scores.index[order[:count]])
 
 
@@ -323,39 +327,73 @@ def ranking(results: pd.DataFrame, fields: Sequence[str], metric: str = "evaluat
     `low` and `high` are the 95 % bootstrap interval over seeds; `best` is the part of bootstrap resamples (of the seeds
     of every configuration) in which the configuration comes first: how sure the choice is.
 
+    Seeds whose value is not finite are left out of all three; where there are any, `left_out` counts them. Where seeds
+    diverged, `diverged` counts those. Configurations that have either stand below all others, and those of which it is
+    every seed at the end (`standings`).
+
     Under successive halving (`results` with a column `rung`) those that came further stand first, whatever their
     scores, since scores after unequal training do not compare; `rung` and `env_steps` say how far that was. `best` is
     then among those of the last rung, and empty for the others and where only one is left.
     """
-    scores = _last_scores(results, metric)
+    scores, standing = _last_scores(results, metric), standings(results, metric)
     further = ["rung", "env_steps"] if "rung" in results else []
     last = results.sort_values("env_steps").drop_duplicates("configuration", keep="last").set_index("configuration")
     rows = last[[*further, *fields]].sort_index()
-    rows[metric] = statistics.interquartile_mean(scores.values, axis=1)
-    seeds = scores.shape[1]
-    if seeds > 1:
-        intervals = [statistics.bootstrap_interval(row) for row in scores.values]
+    rows[metric] = _means(scores)
+    if scores.shape[1] > 1:
+        finite = [row[np.isfinite(row)] for row in scores.values]
+        intervals = [statistics.bootstrap_interval(row) if len(row) > 1 else (np.nan, np.nan) for row in finite]
         rows["low"], rows["high"] = np.transpose(intervals)
-        compared = (rows.rung == rows.rung.max()).to_numpy() if further else np.full(len(rows), True)
-        chosen = np.random.default_rng(0).integers(seeds, size=(1_000, len(scores), seeds))
-        resampled = np.take_along_axis(scores.values[None], chosen, axis=2)
-        winners = statistics.interquartile_mean(resampled[:, compared], axis=2).argmax(1)
+        compared = (standing == standing.min()) & (standing < ALL_BROKEN)
+        if further:
+            compared &= rows.rung == rows.rung[compared].max()
         rows["best"] = np.nan
         if compared.sum() > 1 or compared.all():
+            generator = np.random.default_rng(0)
+            rivals = [row for row, is_in in zip(finite, compared, strict=True) if is_in]
+            chosen = [row[generator.integers(len(row), size=(1_000, len(row)))] for row in rivals]
+            winners = np.argmax([statistics.interquartile_mean(x, axis=1) for x in chosen], axis=0)
             rows.loc[compared, "best"] = np.bincount(winners, minlength=compared.sum()) / 1_000
-    return rows.sort_values([*further[:1], metric], ascending=False, kind="stable").reset_index()
+    for name, seeds in (("diverged", _diverged(results)), ("left_out", scores.isna())):
+        if seeds.any(axis=None):
+            rows[name] = seeds.sum(axis=1)
+    order = ["standing", *further[:1], metric]
+    ranked = rows.assign(standing=standing).sort_values(order, ascending=[name == "standing" for name in order])
+    return ranked.drop(columns="standing").reset_index()
 
 
-def score(results: pd.DataFrame, configuration: int) -> float:
-    """The interquartile mean over seeds of one configuration's last evaluation."""
-    scores = _last_scores(results, "evaluation_return").loc[configuration]
-    return float(statistics.interquartile_mean(scores.values))
+def standings(results: pd.DataFrame, metric: str = "evaluation_return") -> pd.Series:
+    """Per configuration: 0 where all is well, `SOME_BROKEN` or `ALL_BROKEN` where so many seeds diverged or have no
+    finite last value of the metric."""
+    scores = _last_scores(results, metric)
+    broken = scores.isna() | _diverged(results)
+    return (SOME_BROKEN * broken.any(axis=1) + (ALL_BROKEN - SOME_BROKEN) * broken.all(axis=1)).rename("standing")
+
+
+def score(results: pd.DataFrame, configuration: int) -> float | None:
+    """The interquartile mean over seeds of one configuration's last evaluation; None where a seed broke."""
+    if standings(results)[configuration]:
+        return None
+    return float(_means(_last_scores(results, "evaluation_return").loc[[configuration]])[0])
 
 
 def _last_scores(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The metric at each configuration's own last evaluation, `[configurations, seeds]`."""
+    """The metric at each configuration's own last evaluation, `[configurations, seeds]`, NaN where it is not finite."""
     last = results[results.env_steps == results.groupby("configuration").env_steps.transform("max")]
-    return last.pivot(index="configuration", columns="seed", values=metric)
+    scores = last.pivot(index="configuration", columns="seed", values=metric).astype(float)
+    return scores.where(np.isfinite(scores)).reindex(columns=sorted(results.seed.unique()))
+
+
+def _diverged(results: pd.DataFrame) -> pd.DataFrame:
+    """Which runs diverged, `[configurations, seeds]`; tables without the column are older, and nobody did."""
+    marked = results.diverged_at.notna() if "diverged_at" in results else pd.Series(False, results.index)
+    return marked.groupby([results.configuration, results.seed]).any().unstack(fill_value=False)
+
+
+def _means(scores: pd.DataFrame) -> np.ndarray:
+    """Interquartile means over the seeds that have a score, `[configurations]`; NaN where none has."""
+    rows = [row[np.isfinite(row)] for row in scores.values]
+    return np.array([statistics.interquartile_mean(row) if len(row) else np.nan for row in rows])
 
 
 def shown(value: Any) -> str:

@@ -105,7 +105,7 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--initial-temperature 1e-60", "--initial-temperature is 1e-60; it must be finite and in (0, inf), also as"),
         ("--quantiles-dropped 25", "--quantiles-dropped is 25"),
         ("--num-seeds 3000000000", "--num-seeds is 3000000000; it must be a whole number in [1, 1000000]"),
-        ("--total-steps 1e10", "--total-steps is 10000000000; it must be a whole number in [1, 2147483647]"),
+        ("--total-steps 1e10", "--total-steps is 10000000000; it must be a whole number in [0, 2147483647]"),
         ("--eval-episodes 1e10", "--eval-episodes is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--replay-capacity 1e10", "--replay-capacity is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--warmup-steps 1e10", "--warmup-steps is 10000000000; it must be a whole number in [1, 2147483647]"),
@@ -214,6 +214,7 @@ def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkey
     from jaxrl_dist import runner, study
 
     asked = []
+    monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
     monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
     arguments = "--total-steps 1e6 --warmup-steps 2_000 --seed 2e5 --actor-hidden 1e1,20 --critic_hidden 8 8 --kappa=-0"
     assert command("train", "tqc", *arguments.split())[0] == 0
@@ -315,6 +316,7 @@ def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatc
 
     asked = []
     monkeypatch.setattr(cli, "spread_over_cores", lambda: None)  # too late in a process that has used JAX
+    monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
     monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
     presets = {"CartPole-v1": {"total_steps": 777, "warmup_steps": 64, "hidden": (8,)}, "small": {"total_steps": 900}}
     common = ["--batch-size", "16"]

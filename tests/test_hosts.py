@@ -125,8 +125,8 @@ def work(runs: str, port: int, number: int) -> None:
 
     save = Checkpoints.save
 
-    def save_then_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_then_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         if number == 1 and iteration == 50:
             os.kill(os.getpid(), signal.SIGTERM)  # in one of them, and not in the one that prints
 

@@ -1,8 +1,8 @@
 """What does it cost that a run which breaks is frozen inside the program, and the others go on?
 
 For three agents with their presets' sizes and SAC with its own, 256 wide, this writes `freezing.csv`: milliseconds per
-iteration of two runs on two devices, with and without freezing, the median over repetitions that alternate between both; their
-ratio; and the bytes that a run's last finite learner takes, beside those of its whole state.
+iteration of two runs on two devices, with and without freezing, the median over repetitions that alternate between
+both; their ratio; and the bytes that a run's last finite learner takes, beside those of its whole state.
 
     python experiments/throughput/freezing.py            # about five minutes on 2 cores
 """

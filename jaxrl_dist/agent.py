@@ -131,7 +131,7 @@ def check_value(name: str, hint: Any, value: Any) -> None:
     elif of is float:
         allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
         right = all(isinstance(x, numbers.Real) and _within(x, ranges) for x in each)
-        fits = right and all(_within(_as_float32(x), ranges) for x in each)
+        fits = right and all(_within(as_float32(x), ranges) for x in each)
         allowed += ", also as float32" * right
     else:
         allowed = "True or False" if of is bool else "text"
@@ -143,10 +143,11 @@ def _within(number: float, ranges: Sequence[Range]) -> bool:
     return math.isfinite(number) and all(number in allowed for allowed in ranges)
 
 
-def _as_float32(number: float) -> float:
-    """As programs see it: tiny numbers become 0, huge ones infinite."""
+def as_float32(number: float) -> float:
+    """As programs see it: huge numbers become infinite, and tiny ones 0 (XLA has no subnormal numbers)."""
     with np.errstate(over="ignore", under="ignore"):
-        return float(np.float32(number))
+        rounded = np.float32(number)
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
 
 
 def option(field_name: str) -> str:

@@ -72,7 +72,9 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             options = dataclasses.replace(options, name=options.name or hosts.by_first(runner.date_and_time))
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
-        places.require_run_folder(runner.folder_of(algorithm, options), options.runs_folder)
+        # Any name does here, and asking the other processes for theirs would start JAX before --device is heeded.
+        somewhere = dataclasses.replace(options, name=options.name or runner.date_and_time())
+        places.require_run_folder(runner.folder_of(algorithm, somewhere), options.runs_folder)
         compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")

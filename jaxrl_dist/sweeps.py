@@ -5,6 +5,7 @@ each choice of the static fields (sizes, switches, names) is a group of its own.
 is trained in waves. `study` trains them; this module says what they are.
 """
 
+import csv
 import dataclasses
 import itertools
 import math
@@ -17,9 +18,10 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import arguments, statistics
+from jaxrl_dist import statistics
 from jaxrl_dist.agent import ConfigurationError, Natural, Seed, check_configuration, option, require
 from jaxrl_dist.agent import Range as Bounds
+from jaxrl_dist.arguments import HELP, read, whole_number
 from jaxrl_dist.wording import alternatives, nearest
 
 PREFIX = "--sweep."
@@ -89,7 +91,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, list
             field = name.replace("-", "_")
             require(field not in swept, f"{PREFIX}{name} is given twice; give all its values after one")
             words = swept[field] = [value] if equals else []
-        elif argument.startswith("--"):
+        elif argument.startswith("--") or argument in HELP:
             words = None
             rest.append(argument)
         else:
@@ -119,7 +121,7 @@ def _axis(config_type: type, field: str, words: Sequence[str], random: bool) -> 
             "one by one",
         )
         return _range(name, words[0], random)
-    values = [arguments.read(name, hint, [word]) for word in words]
+    values = [read(name, hint, [word]) for word in words]
     require(len(set(values)) == len(values), f"{name} is {' '.join(words)}; every value once")
     return values
 
@@ -131,7 +133,7 @@ def _range(name: str, word: str, random: bool) -> Range:
     wanted = f"{name} is {word}; it must be LOW:HIGH:COUNT or LOW:HIGH:COUNT:log" + (", or without COUNT" * random)
     try:
         low, high = float(numbers[0]), float(numbers[1])
-        count = arguments.whole_number(numbers[2]) if len(numbers) == 3 else 0
+        count = whole_number(numbers[2]) if len(numbers) == 3 else 0
     except (ValueError, IndexError):
         require(False, wanted)
     require(len(numbers) == 3 or (random and len(numbers) == 2), wanted)
@@ -162,20 +164,23 @@ def from_file(config_type: type, path: Path) -> list[dict[str, Any]]:
     """One configuration per row of a CSV file whose columns are fields; ConfigurationError names what is wrong."""
     require(path.is_file(), f"--sweep-file is {path}, which is no file")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # of pandas' many, all are ValueErrors: not UTF-8, no columns, rows too long
-        raise ConfigurationError(f"--sweep-file is {path}, which cannot be read: {error}") from error
-    require(len(table) > 0, f"--sweep-file is {path}, which has no rows")
-    hints = typing.get_type_hints(config_type)
-    for field in table:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (ValueError, csv.Error) as error:  # not UTF-8, a quote without end, or nothing at all
+        raise ConfigurationError(f"--sweep-file is {path}, which is no CSV file with a header: {error}") from error
+    hints, found = typing.get_type_hints(config_type), []
+    for field in header:
         require(field in hints, f"--sweep-file is {path}, whose column {field!r} is no field of the algorithm")
-    return [
-        {
-            field: arguments.read(f"--sweep-file {path}, row {number}, {field}", hints[field], [row[field]])
-            for field in table
-        }
-        for number, row in enumerate(table.to_dict("records"), start=2)
-    ]
+        require(header.count(field) == 1, f"--sweep-file is {path}, which has the column {field!r} twice")
+    for number, row in enumerate(rows, start=2):
+        if not row:
+            continue  # an empty line
+        where = f"--sweep-file {path}, row {number}"
+        require(len(row) == len(header), f"{where}, has {len(row)} cells, but the header {len(header)}")
+        cells = zip(header, row, strict=True)
+        found.append({field: read(f"{where}, {field}", hints[field], [cell]) for field, cell in cells})
+    require(len(found) > 0, f"--sweep-file is {path}, which has no rows")
+    return found
 
 
 def check(options: SweepOptions) -> None:

@@ -140,6 +140,7 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--name .", "--name is '.'; it must be"),
         ("--name " + 300 * "a", "it must be at most 200 bytes long"),
         ("--runs-folder /dev/null", "/dev/null is no folder"),
+        ("--runs-folder /proc/runs", "/proc cannot be written to"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, message, command, tmp_path):
@@ -193,6 +194,8 @@ def test_a_run_has_a_place_of_its_own(command, tmp_path):
         ("plot . --out x", "--out is x; it must end with one of ."),
         ("plot . --distribution --out x.jpgg", "--out is x.jpgg; it must end with one of ."),
         ("report . --out nowhere/x.html", "--out is nowhere/x.html; it must be a file in a folder that exists"),
+        ("report . --out /proc/x.html", "--out is /proc/x.html; it must be a file in a folder that exists and can be"),
+        ("report . --out .", "--out is .; it must be a file in a folder"),
         ("report .", "config.json does not exist"),
     ],
 )

@@ -205,3 +205,22 @@ def test_a_row_that_is_missing_counts_like_one_that_is_not_finite():
     assert list(table.configuration) == [1, 0]
     assert list(table.left_out) == [0, 1]
     assert "diverged" not in table
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path):
+    file = tmp_path / "some.csv"
+    for text, message in (
+        ("learning_rate,hidden\n1e-3,8\n1e-2,wide\n", r"some\.csv, row 3, hidden is 'wide'; it must be whole numbers"),
+        ("discount\n0.9:1:3\n", "row 2, discount is '0.9:1:3'; it must be a number"),  # a cell is one value
+        ("depth\n1\n", "whose column 'depth' is no field of the algorithm"),
+        ("", "which is no CSV file with a header"),
+        ("discount\n", "which has no rows"),
+        ("discount\n0.9\n0.99,1\n", "row 3, has 2 cells, but the header 1"),
+        ("discount,discount\n0.9,0.8\n", "has the column 'discount' twice"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigurationError, match=message):
+            found({}, sweep_file=str(file))
+    file.write_bytes(b"discount\n\xff\xfe\n")
+    with pytest.raises(ConfigurationError, match="which is no CSV file with a header: 'utf-8' codec"):
+        found({}, sweep_file=str(file))

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import jax
 from packaging.requirements import Requirement
 
+from jaxrl_dist import switches
+
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 
 _PLATFORMS = ("auto", "cpu", "gpu", "tpu")
@@ -64,6 +66,7 @@ def problems() -> list[str]:
         ]
     except importlib.metadata.PackageNotFoundError:
         found = ["jaxrl-dist is not installed, so its bounds are unknown; `pip install -e .` in its folder"]
+    found += switches.refused()
     used, failure = _platform_in_use()
     return found + ([failure] if used is None else _unused_accelerators(used))
 
@@ -87,7 +90,7 @@ def report() -> str:
         "settings": {
             "matmul precision": jax.config.jax_default_matmul_precision
             or "default (full float32 on CPUs, less on TPUs and recent GPUs)",
-            "64-bit floats": "on" if jax.config.jax_enable_x64 else "off",
+            "64-bit floats": "on, but off while training" if jax.config.jax_enable_x64 else "off",
             "compile cache": f"{cache}, for programs that compile for {seconds} s or longer" if cache else "off",
         },
     }

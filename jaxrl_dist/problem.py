@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import doctor, evaluation, interaction, training
+from jaxrl_dist import doctor, evaluation, interaction, switches, training
 from jaxrl_dist.agent import Count, Natural, check_configuration, option, require
 
 
@@ -113,6 +113,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     check_configuration(options)
     check_configuration(config)
     doctor.require_platform(options.device)
+    switches.settle()
     device_count(options)
     env, env_params = envs.make(options.env_id, **_parse_env_options(options.env_options))
     if config.replay_capacity > options.total_steps:

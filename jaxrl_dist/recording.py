@@ -26,6 +26,8 @@ import jax
 import numpy as np
 import pandas as pd
 
+from jaxrl_dist import switches
+
 POSITION_COLUMNS = ("iteration", "env_steps", "updates", "seconds", "configuration", "seed")
 EVALUATION_COLUMNS = ("env_steps", "configuration", "seed", "episode", "episode_return", "episode_length")
 
@@ -165,7 +167,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration: packages, device, matmul precision, git commit."""
+    """What the numbers of a run depend on besides its configuration: packages, device, JAX's switches, git commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "gymnax", "brax", "numpy")
     device = jax.devices()[0]
     return {
@@ -176,6 +178,7 @@ def versions() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        **switches.recorded(),
         "git_commit": _git_commit(Path(__file__).resolve().parents[1]),
     }
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxrl_dist import hosts, interaction, plotting, portable, recording, reporting, statistics, training
+from jaxrl_dist import evaluation, hosts, interaction, plotting, portable, recording, reporting, statistics, training
 from jaxrl_dist.agent import Agent, ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.keys import is_key
@@ -130,7 +130,7 @@ class _Session:
         self.training_seconds = 0.0
         self.interrupted = False  # a signal has come to this process
         self.stopped = False  # all processes have agreed to stop
-        self.warned_of_clipping = False
+        self.warned_of_clipping = self.warned_of_missing = False
 
     def env_steps(self, iteration: int) -> int:
         """Environment steps of one run after `iteration` iterations."""
@@ -347,7 +347,8 @@ class _Session:
         judged = {"evaluation_return": episodes.episode_return.mean(1)}
         if self.programs.calibrates:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
-            judged |= hosts.gather(self.programs.calibrate(state, keys))._asdict()
+            calibration = hosts.gather(self.programs.calibrate(state, keys))._asdict()
+            judged |= {name: values for name, values in calibration.items() if values is not None}
         env_steps = self.env_steps(iteration)
         rows, episode_rows = [], []
         for run, name in enumerate(self.runs):
@@ -366,6 +367,7 @@ class _Session:
         recorder.append_evaluations(episode_rows)
         recorder.append(rows)
         self._warn_of_clipping(rows)
+        self._warn_of_missing(rows)
         self.last_returns = episodes.episode_return
 
     def _warn_of_clipping(self, rows: list[dict[str, Any]]) -> None:
@@ -380,6 +382,15 @@ class _Session:
                 f"so much of the targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen "
                 "them, or use --probe-support"
             )
+
+    def _warn_of_missing(self, rows: list[dict[str, Any]]) -> None:
+        """Say once when Monte-Carlo returns leave much of their weight out."""
+        missing = [row.get("calibration_missing", 0.0) for row in rows]
+        worst = int(np.argmax(np.nan_to_num(missing)))
+        sentence = evaluation.what_is_missing(missing[worst], self._config_of(worst).discount)
+        if sentence and not self.warned_of_missing:
+            self.warned_of_missing = True
+            self.console.print(f"[yellow]{self._name(worst)}: {sentence}")
 
     def _require_finite(self, state: training.Training) -> None:
         broken_at = hosts.gather(state.broken_at)

@@ -44,7 +44,7 @@ class Agent(NamedTuple):
     that return adds to each reward after the first (the entropy bonus of soft agents, else 0), `[batch]`."""
     predict: Callable[[Any, jax.Array, jax.Array], Law]
     """`predict(state, observation, action) -> law`: the learned return distribution as weighted atoms `[batch, atoms]`;
-    agents that learn a mean return one atom per critic."""
+    agents that learn a mean return one atom per critic, see `learns_mean`."""
     export: Callable[[Any], dict[str, jax.Array]]
     """`export(state) -> arrays`: the evaluation policy for `portable.save_policy`."""
     warmup_steps: int
@@ -53,6 +53,9 @@ class Agent(NamedTuple):
     """Environment steps taken by one `step`, over all environments."""
     updates_per_iteration: int
     """Gradient updates of the critic in one `step`."""
+    learns_mean: bool = False
+    """Whether the critic learns the mean of the return and not its distribution, whatever the number of atoms: two
+    critics' means are no law of two atoms, and an agent with one quantile still learns a law."""
 
 
 # -- configurations ---------------------------------------------------------------------------------------------------

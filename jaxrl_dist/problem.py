@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import doctor, evaluation, interaction, training
+from jaxrl_dist import doctor, evaluation, interaction, switches, training
 from jaxrl_dist.agent import (
     LARGEST,
     Agent,
@@ -166,6 +166,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     check_configuration(config)
     options = with_total_steps(options, config)
     doctor.require_platform(options.device)
+    switches.settle()
     device_count(options)
     env, env_params = _make_env(options)
     if options.probe_support != "off":

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import tables
+from jaxrl_dist import switches, tables
 
 POSITION_COLUMNS = ("iteration", "env_steps", "updates", "seconds", "configuration", "seed")
 EVALUATION_COLUMNS = (
@@ -271,7 +271,7 @@ def read_config(folder: Path, fields: Mapping[str, type] | None = None) -> dict[
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration: packages, device, matmul precision, git commit."""
+    """What the numbers of a run depend on besides its configuration: packages, device, JAX's switches, git commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "gymnax", "brax", "numpy")
     device = jax.devices()[0]
     return {
@@ -282,6 +282,7 @@ def versions() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        **switches.recorded(),
         "git_commit": _git_commit(Path(__file__).resolve().parents[1]),
     }
 

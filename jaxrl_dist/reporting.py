@@ -79,6 +79,12 @@ def draw_return_distribution(
     )  # fmt: skip
     found = compare(jax.device_put(state, jax.local_devices()[0]), key)
     found = jax.tree.map(np.asarray, found)
+    if not all(np.isfinite(part).all() for part in jax.tree.leaves(found)):
+        console.print(f"no {path}: learned or observed returns are not finite")
+        return
+    missing = float(found.missing.mean())
+    if missing > evaluation.NEGLIGIBLE_WEIGHT:
+        title += f"; beyond the rollouts: {missing:.0%} of the weight"
     plotting.return_distribution(path, predicted=found.predicted, monte_carlo=found.monte_carlo, title=title)
 
 

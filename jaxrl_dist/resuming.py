@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from jaxrl_dist import hosts, recording, training
-from jaxrl_dist.agent import Agent, option, require
+from jaxrl_dist import hosts, recording, switches, training
+from jaxrl_dist.agent import Agent, ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.problem import Problem
 
@@ -65,11 +65,19 @@ def look_back(folder: Path, problem: Problem, agent: Agent, console: Console) ->
 def _description(folder: Path, problem: Problem) -> dict[str, Any] | None:
     if not (folder / "config.json").exists():
         return None  # whether there must be one, `runner.claim` knows
-    fields = {"intervals": dict, "intervals.evaluation": int, "intervals.checkpoint": int, "ring_steps": int}
+    fields = {
+        "intervals": dict,
+        "intervals.evaluation": int,
+        "intervals.checkpoint": int,
+        "ring_steps": int,
+        "versions": dict,
+    }
     description = recording.read_config(folder, {**fields, "commands": list})
     require_same_settings(
         description, {"config": dataclasses.asdict(problem.config), "options": dataclasses.asdict(problem.options)}
     )
+    for sentence in switches.changed(description["versions"], recording.versions()):
+        raise ConfigurationError(sentence)
     return description
 
 

@@ -168,7 +168,7 @@ class _Session:
         self.training_seconds = 0.0
         self.interrupted = False  # a signal has come to this process
         self.stopped = False  # all processes have agreed to stop
-        self.warned_of_clipping = False
+        self.warned_of_clipping = self.warned_of_missing = False
         self.diverged: dict[int, tuple[int, str]] = {}  # run -> iteration and metric
         self.last_returns: np.ndarray | None = None  # [runs, episodes]
         self.largest_bonus = np.zeros(len(self.runs))
@@ -442,7 +442,8 @@ class _Session:
         judged = {"evaluation_return": episodes.episode_return.mean(1)}
         if self.programs.calibrates:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
-            judged |= hosts.gather(self.programs.calibrate(state, keys))._asdict()
+            calibration = hosts.gather(self.programs.calibrate(state, keys))._asdict()
+            judged |= {name: values for name, values in calibration.items() if values is not None}
         state = self._note_broken_evaluations(state, judged, iteration)
         largest_reward = hosts.gather(self.programs.largest_reward(state))
         bounds = self._value_bounds(largest_reward, averages)
@@ -472,6 +473,7 @@ class _Session:
         recorder.append_evaluations(episode_rows)
         recorder.append(rows)
         self._warn_of_clipping(rows)
+        self._warn_of_missing(rows)
         self._warn_of_implausible(rows)
         self.last_returns = episodes.episode_return
         self._stop_if_diverged()
@@ -489,6 +491,15 @@ class _Session:
                 f"so much of the targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen "
                 "them, or use --probe-support"
             )
+
+    def _warn_of_missing(self, rows: list[dict[str, Any]]) -> None:
+        """Say once when Monte-Carlo returns leave much of their weight out."""
+        missing = [row.get("calibration_missing", 0.0) for row in rows]
+        worst = int(np.argmax(np.nan_to_num(missing)))
+        sentence = evaluation.what_is_missing(missing[worst], getattr(self._config_of(worst), "discount", 1.0))
+        if sentence and not self.warned_of_missing:
+            self.warned_of_missing = True
+            self._warn(f"{self._name(worst)}: {sentence}")
 
     def _value_bounds(self, largest_reward: np.ndarray, averages: np.ndarray) -> list[float | None]:
         """The largest |value| of each run that rewards and discount allow: the largest reward so far, for ever; None

@@ -21,8 +21,8 @@ training; off in evaluation. The law that `predict` reports is the critic's Gaus
 and its mean is below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
 
 Differences from the paper: the target entropy is that of its logs, -1 per action component (its table says half or
-less of that); evaluation takes the mode of the policy (its code averages ten samples); the warm-up's actions are uniform
-(its code: tanh of normal draws).
+less of that); evaluation takes the mode of the policy (its code averages ten samples); the warm-up's actions are
+uniform (its code: tanh of normal draws).
 
 Run:      python algorithms/actor_critic/stac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.

@@ -279,6 +279,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             "critic_loss": gaussian.negative_log_likelihood(mean, std, target).mean(),
             "value": mean.mean() / config.reward_scale, "std": std.mean() / config.reward_scale,
             "target": target.mean() / config.reward_scale,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max() / config.reward_scale,
             "clipped_targets": (jnp.abs(target - mean) > config.target_bound).mean(),
             "critic_gradient_norm": optax.tree.norm(gradient),
         }  # fmt: skip

@@ -303,6 +303,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, targets[1][:, None]).mean(),
             "value": mean.mean(), "std": std.mean(), "running_std": running_std.mean(), "target": targets[0].mean(),
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "critic_gradient_norm": optax.tree.norm(gradient),
         }  # fmt: skip
         learner = learner._replace(critic=critic_parameters, running_std=running_std, critic_optimizer=critic_optimizer)

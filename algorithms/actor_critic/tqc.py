@@ -260,6 +260,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": atoms.mean(), "target": target.mean(),
             "truncation": next_atoms.mean() - quantile.truncate_pooled(next_atoms, config.quantiles_dropped).mean(),
             "critic_gradient_norm": critic_gradient_norm,

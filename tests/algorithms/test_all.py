@@ -277,6 +277,10 @@ def test_state_keeps_its_structure_and_counts_are_right(name, settings):
     assert optax.tree_utils.tree_get(state.learner.actor_optimizer, "count") == actor_updates
     expected = {"episode_return", "episode_length", "critic_loss", "actor_loss", "value", "target"}
     assert metrics.keys() >= expected | {"critic_gradient_norm"}
+    # What soft agents add to rewards is said too, or their values could not be held against what is possible.
+    assert ("largest_bonus" in metrics) == ("temperature" in metrics)
+    if "temperature" in metrics:
+        assert metrics["largest_bonus"].total > 0
     for metric in metrics.values():
         assert metric.total.shape == metric.count.shape == ()
         assert metric.total.dtype == metric.count.dtype == jnp.float32

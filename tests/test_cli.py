@@ -111,6 +111,11 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--warmup-steps 1e10", "--warmup-steps is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--critic-hidden 3e9", "--critic-hidden is (3000000000,); it must be whole numbers in [1, 2147483647]"),
         ("--updates-per-iteration 1e6", "updates in all; at most 2147483647 can be counted"),
+        (
+            "--total-steps 2147483647 --num-envs 1000",
+            "2147484000 in whole iterations; at most 2147483647",
+        ),
+        ("--eval-states 1e5", "--eval-states is 100000; with episodes of up to 200 steps it must be at most 46340"),
         ("--seed 4294967297", "--seed is 4294967297; it must be a whole number in [0, 4294967295]"),
         ("--seed 4294967295 --num-seeds 2", "the last seed is 4294967296; it must be below 2^32"),
         # names that are not there

@@ -193,8 +193,8 @@ def check_replay(config) -> None:
     for name, count in rows.items():
         require(
             count <= LARGEST // 2,
-            f"{option(name)} is {getattr(config, name)}, {count} rows; at most {LARGEST // 2}, since numbers of rows are "
-            "added in int32",
+            f"{option(name)} is {getattr(config, name)}, {count} rows; at most {LARGEST // 2}, since rows are "
+            "numbered in int32 and their numbers added",
         )
     require(
         config.batch_size <= config.warmup_steps,

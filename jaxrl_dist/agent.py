@@ -217,12 +217,12 @@ def _shown(bound: np.ndarray) -> str:
 
 def check_replay(config) -> None:
     """The relations between sizes that every replay-based algorithm needs, before anything compiles."""
-    for name in ("replay_capacity", "num_envs"):
-        rows = getattr(config, name) * (getattr(config, "num_steps", 1) if name == "num_envs" else 1)
+    rows = {"replay_capacity": config.replay_capacity, "num_envs": config.num_envs * getattr(config, "num_steps", 1)}
+    for name, count in rows.items():
         require(
-            rows <= LARGEST // 2,
-            f"{option(name)} is {getattr(config, name)}, which makes {rows} rows; at most {LARGEST // 2} can be told "
-            "apart by int32, since two of their numbers are added",
+            count <= LARGEST // 2,
+            f"{option(name)} is {getattr(config, name)}, {count} rows; at most {LARGEST // 2}, since rows are "
+            "numbered in int32 and their numbers added",
         )
     require(
         config.batch_size <= config.warmup_steps,

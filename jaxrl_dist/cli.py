@@ -187,12 +187,18 @@ def _stop(message: str, status: int) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the exception was raised by a line of this project rather than inside a library."""
+    """Whether the exception is of a class of ours, or a ValueError that a line of this project raised.
+
+    Other errors may be a library's in spite of their last line: XLA's seem to come from the line that ran a program.
+    """
+    if type(error).__module__.startswith("jaxrl_dist"):
+        return True
+    if not isinstance(error, ValueError):
+        return False
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    ours = traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
-    return ours or isinstance(error, ConfigurationError)
+    return traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
 
 
 # -- jaxrl-dist -------------------------------------------------------------------------------------------------------

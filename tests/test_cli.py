@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrl_dist import cli, recording
+from jaxrl_dist import cli, recording, runner
 from jaxrl_dist.problem import RunOptions, split_preset
 from jaxrl_dist.sweeps import SweepOptions
 
@@ -86,7 +86,8 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--critic_lr 1", "--critic-lr is no option of jaxrl-dist train tqc; did you mean --critic-learning-rate"),
         ("--gamma 0.9", "did you mean --discount?"),
         ("--foo 1", "--foo is no option of jaxrl-dist train tqc; --help lists them"),
-        ("-x", "-x is no option; options begin with two dashes"),
+        ("-x", "-x is no option; options begin with --"),
+        ("--", "-- is no option; options begin with --"),
         ("7", "'7' stands before any option"),
         # values that are missing, too many, or of another type
         ("--batch-size", "--batch-size has no value; it must be a whole number"),
@@ -111,6 +112,11 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--warmup-steps 1e10", "--warmup-steps is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--critic-hidden 3e9", "--critic-hidden is (3000000000,); it must be whole numbers in [1, 2147483647]"),
         ("--updates-per-iteration 1e6", "updates in all; at most 2147483647 can be counted"),
+        (
+            "--total-steps 2147483647 --num-envs 1000",
+            "2147484000 in whole iterations; at most 2147483647",
+        ),
+        ("--eval-states 1e5", "--eval-states is 100000; with episodes of up to 200 steps it must be at most 46340"),
         ("--seed 4294967297", "--seed is 4294967297; it must be a whole number in [0, 4294967295]"),
         ("--seed 4294967295 --num-seeds 2", "the last seed is 4294967296; it must be below 2^32"),
         # names that are not there
@@ -214,7 +220,7 @@ def test_the_ways_to_ask_for_help(command):
 
 
 def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkeypatch):
-    from jaxrl_dist import runner, study
+    from jaxrl_dist import study
 
     asked = []
     monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
@@ -236,6 +242,7 @@ def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkey
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/a.csv"), 1, "No space left on device: runs/a.csv"),
         (OSError("the checkpoint is not written"), 1, "the checkpoint is not written"),
+        (runner.NonFiniteMetric("loss became non-finite"), 1, "loss became non-finite"),
         (MemoryError("9 GiB"), 1, "out of memory: 9 GiB"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n9 bytes"),
@@ -246,8 +253,6 @@ def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkey
     ],
 )
 def test_what_breaks_a_run_is_one_line_too(error, status, line, command, monkeypatch):
-    from jaxrl_dist import runner
-
     def train(problem, console):
         raise error
 
@@ -260,8 +265,6 @@ def test_what_breaks_a_run_is_one_line_too(error, status, line, command, monkeyp
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(command, monkeypatch):
-    from jaxrl_dist import runner
-
     monkeypatch.setattr(runner, "train", lambda problem, console: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         command("train", "tqc")
@@ -314,7 +317,6 @@ def test_list_and_doctor():
 
 def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatch):
     """Without --env-id the first preset's environment; total_steps of its preset, and everything else by default."""
-    from jaxrl_dist import runner
     from jaxrl_dist.algorithms.value_based import dqn
 
     asked = []

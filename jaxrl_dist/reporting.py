@@ -113,6 +113,9 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     config = from_json(module.Config, saved["config"], f"{path}: config")
     options = from_json(RunOptions, saved["options"] | {"runs_mode": saved["runs_mode"]}, f"{path}: options")
     options = dataclasses.replace(options, device="auto", devices="all", resume="")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    iteration = checkpoints.newest()
+    require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
     try:
         problem = prepare(saved["algorithm"], module.make_agent, config, options)
     except ConfigurationError as error:
@@ -122,9 +125,6 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
         num_runs=options.num_seeds, runs_mode=options.runs_mode,
         eval_episodes=episodes, eval_max_steps=options.eval_max_steps,
     )  # fmt: skip
-    checkpoints = Checkpoints(folder / "checkpoints")
-    iteration = checkpoints.newest()
-    require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
     like = {"training": programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
     state = checkpoints.load(iteration, like)["training"]
     return SavedRun(problem, programs, np.arange(options.seed, options.seed + options.num_seeds), state, iteration)

@@ -63,6 +63,7 @@ def changed(group: str, **fields) -> dict:
 )  # fmt: skip
 def test_a_damaged_config_is_one_line_wherever_it_is_read(tmp_path, saved, message):
     (tmp_path / "config.json").write_text(saved if isinstance(saved, str) else json.dumps(saved))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match=message) as raised:
         reporting.load_run(tmp_path, cli.find_algorithm, episodes=1)
     assert str(tmp_path) in str(raised.value)

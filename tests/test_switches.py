@@ -137,7 +137,8 @@ def test_switches_that_change_no_number(switch, expected):
     ("switch", "value"),
     [
         ("jax_default_prng_impl", "rbg"), ("jax_default_prng_impl", "unsafe_rbg"),
-        ("jax_threefry_partitionable", False), ("jax_random_seed_offset", 5), ("jax_default_matmul_precision", "highest"),
+        ("jax_threefry_partitionable", False), ("jax_random_seed_offset", 5),
+        ("jax_default_matmul_precision", "highest"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("mode", ["vmap", "map"])

@@ -197,7 +197,9 @@ def summarise(folder: Path, environment: str, reward_scale: float) -> None:
         # Errors fall by orders of magnitude; what remains at the end is what agents differ in.
         linear_up_to = None if metric == "coverage" else 10.0
         shown = {label: frame for label, frame in frames.items() if frame[metric].notna().any()}
-        plotting.learning_curve(shown, folder / f"{metric}.png", title=title, metric=metric, linear_up_to=linear_up_to)
+        if shown:
+            path = folder / f"{metric}.png"
+            plotting.learning_curve(shown, path, title=title, metric=metric, linear_up_to=linear_up_to)
     rows = []
     for label, frame in frames.items():
         last = frame[frame.env_steps.isin(np.unique(frame.env_steps)[-3:])].groupby("seed").mean(numeric_only=True)

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnax.environments import spaces
+
+from jaxrl_dist import evaluation
+from jaxrl_dist.spaces import bounds_of, kind_of, spaces_of
 
 LANES = 16  # enough that even a start drawn from two states is not the same everywhere by chance
 LIMIT = 4  # the time limit of the short runs, in steps
@@ -45,12 +47,26 @@ def check_env(env: Any, params: Any = None, seed: int = 0) -> list[str]:
 
 def _types(env: Any, params: Any, warnings: list[str]) -> Iterator[str]:
     """Shapes, dtypes and structure, found by tracing: nothing is compiled or run."""
-    action_space, observation_space = env.action_space(params), env.observation_space(params)
-    if not (isinstance(action_space, spaces.Discrete) or _is_unit_box(action_space)):
-        yield f"action_space is {action_space!r}, allowed: Discrete, or Box(-1, 1) (see envs.rescale_actions)"
-        return
     key = jax.eval_shape(lambda: jax.random.key(0))
-    action = jax.eval_shape(action_space.sample, key)
+    try:  # inside a trace, where agents ask for them
+        action = jax.eval_shape(lambda key: spaces_of(env, params)[0].sample(key), key)
+        jax.eval_shape(lambda: jnp.zeros(getattr(env.observation_space(params), "shape", None) or ()))
+    except Exception as error:
+        yield f"action_space or observation_space cannot be used while an agent is traced: {_one_line(error)}"
+        return
+    action_space, observation_space = spaces_of(env, params)
+    if not (kind_of(action_space) == "discrete" or _is_unit_box(action_space)):
+        yield (
+            f"action_space is {_one_line(repr(action_space))} ({kind_of(action_space)}), allowed: Discrete, or "
+            "Box(-1, 1) (see envs.rescale_actions)"
+        )
+        return
+    if kind_of(observation_space) not in ("continuous", "integers"):
+        yield (
+            f"observation_space is {_one_line(repr(observation_space))} ({kind_of(observation_space)}), allowed: Box "
+            "(see envs.one_hot_observations for Discrete)"
+        )
+        return
     try:
         observation, state = jax.eval_shape(env.reset, key, params)
     except Exception as error:
@@ -85,7 +101,7 @@ def _types(env: Any, params: Any, warnings: list[str]) -> Iterator[str]:
 
 def _values(env: Any, params: Any, seed: int, warnings: list[str]) -> Iterator[str]:
     """What the environment computes."""
-    action_space, observation_space = env.action_space(params), env.observation_space(params)
+    action_space, observation_space = spaces_of(env, params)
     reset = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))
     step = jax.jit(jax.vmap(env.step, in_axes=(0, 0, 0, None)))
     sample = jax.vmap(action_space.sample)
@@ -125,6 +141,8 @@ def _values(env: Any, params: Any, seed: int, warnings: list[str]) -> Iterator[s
     except Exception as error:
         yield f"reset or step fails when called plainly, though not under jit: {_one_line(error)}"
     if long is not None:
+        if why := evaluation.limited_because(env, params):
+            warnings.append(f"calibration will be off: the time limit cannot be lifted, since {why}")
         yield from _time_limit(short, jax.tree.map(_to_numpy, long), warnings)
     yield from _next_episode(jax.tree.map(_to_numpy, first), short, warnings)
 
@@ -234,9 +252,10 @@ def _same_type(name: str, expected: Any, place: str, got: Any, warnings: list[st
 
 
 def _is_unit_box(space: Any) -> bool:
-    return isinstance(space, spaces.Box) and bool(
-        np.all(np.asarray(space.low) == -1) and np.all(np.asarray(space.high) == 1)
-    )
+    if kind_of(space) != "continuous":
+        return False
+    low, high = bounds_of(space)
+    return bool(np.all(low == -1) and np.all(high == 1))
 
 
 def _is_scalar(leaf: Any) -> bool:

@@ -14,6 +14,7 @@ from gymnax.registration import registered_envs
 
 from jaxrl_dist.envs.bridge import Bridge, check_params
 from jaxrl_dist.envs.comb_lock import CombLock
+from jaxrl_dist.envs.one_hot import one_hot_observations
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
 from jaxrl_dist.envs.stock import GENERATORS as WITH_STOCK
@@ -64,7 +65,9 @@ def available() -> dict[str, list[str]]:
 
 
 def make(env_id: str, **options: Any) -> tuple[Any, Any]:
-    """The environment and its parameters, `(env, env_params)`, with continuous actions rescaled to Box(-1, 1).
+    """The environment and its parameters, `(env, env_params)`.
+
+    Continuous actions are rescaled to Box(-1, 1); observations that are the number of a state become one-hot vectors.
 
     An option is an argument of the environment's constructor (`size=16`; for brax also `backend`), or a field of its
     parameters (`max_steps_in_episode=100`, `max_torque=1.0`; for the probe also `case="discounting"`). A value may be
@@ -112,7 +115,7 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         raise ValueError(f"max_steps_in_episode is {params.max_steps_in_episode}, allowed: 1 and above")
     if env_id == "bridge":
         check_params(params)
-    return rescale_actions(env, params), params
+    return rescale_actions(one_hot_observations(env, params), params), params
 
 
 def _nearest(env_id: str, known: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Continuous actions always live in Box(-1, 1): the agent never learns an environment's units."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,19 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
 
+from jaxrl_dist.spaces import bounds_of, kind_of, spaces_of
+
 
 def rescale_actions(env: Any, params: Any) -> Any:
     """The environment with actions in Box(-1, 1): `env` itself where that holds already or actions are discrete.
 
     The bounds are read once, at `params`; environments whose bounds depend on parameters (Pendulum's `max_torque`)
-    follow the parameters given to each step. Raises ValueError where an action is unbounded or a bound is not a number.
+    follow the parameters given to each step. Raises ValueError for other spaces than these, for an action that is
+    unbounded, and for a bound that is not a number.
     """
-    space = env.action_space(params)
-    if isinstance(space, spaces.Discrete):
+    space, _ = spaces_of(env, params)
+    kind = kind_of(space)
+    if kind == "discrete":
         return env
-    if not isinstance(space, spaces.Box):
-        raise ValueError(f"action_space of {env.name} is {space!r}, allowed: Box with finite bounds or Discrete")
-    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+    if kind != "continuous":
+        raise ValueError(
+            f"actions of {env.name} are {kind}, allowed: one choice (Discrete), or floats with finite bounds (Box)"
+        )
+    low, high = bounds_of(space)
     with np.errstate(over="ignore", invalid="ignore"):
         span = high - low  # infinite also for bounds of ±float32's largest number, which mean "unbounded"
     if not np.all(np.isfinite(span) & (span > 0)):
@@ -61,5 +68,7 @@ class RescaledActions:
         params = self.env.default_params if params is None else params
         return self.env.step(key, state, self.inner_action(action, params), params)
 
-    def step_env(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
-        return self.env.step_env(key, state, self.inner_action(action, params), params)
+    @property
+    def step_env(self) -> Callable:
+        inner = self.env.step_env  # where there is one: it is no part of the contract
+        return lambda key, state, action, params: inner(key, state, self.inner_action(action, params), params)

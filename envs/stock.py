@@ -36,11 +36,15 @@ from gymnax.environments import environment, spaces
 from jaxrl_dist.agent import require
 from jaxrl_dist.distributional.tabular import mdp_from_outcomes
 from jaxrl_dist.envs.tabular import MOVES, Tabular
+from jaxrl_dist.spaces import kind_of, spaces_of
 
 # -- stock and utility ------------------------------------------------------------------------------------------------
 
 # What a stock of float32 is off by: a return that reaches the threshold exactly must count as reaching it.
 ROUNDING = 1e-5
+
+# Utilities that differ by less are equal: rounding errors apart, in units of the utility.
+TIE = 1e-5
 
 UTILITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "mean": lambda x: x,
@@ -65,6 +69,17 @@ def stock_after(stock: jax.Array, reward: jax.Array, discount: jax.Array | float
 def action_utilities(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
     """mean_j f(c + theta_j): stock `[...]` and quantiles `[..., actions, quantiles]` -> `[..., actions]`."""
     return UTILITIES[utility](stock[..., None, None] + quantiles).mean(-1)
+
+
+def preferences(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
+    """Numbers whose argmax is the greedy action, shapes as for `action_utilities`.
+
+    An action of the best utility has its mean return, any other minus infinity. So ties of the utility (within `TIE`)
+    go to the larger mean: who has nothing to lose by f should not waste what is left.
+    """
+    values = action_utilities(utility, stock, quantiles)
+    tied = values >= values.max(-1, keepdims=True) - TIE
+    return jnp.where(tied, quantiles.mean(-1), -jnp.inf)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
@@ -100,11 +115,13 @@ class StockAugmented(environment.Environment[StockState, StockParams]):
         self, env: Any, env_params: Any, discount: float = 0.99, lowest_stock: float = -1.0, highest_stock: float = 0.0
     ) -> None:
         super().__init__()
-        shape = env.observation_space(env_params).shape
+        _, space = spaces_of(env, env_params)
+        is_box = kind_of(space) in ("continuous", "integers")
+        they = f"have shape {space.shape}" if is_box else f"are {kind_of(space)}"
         require(
-            len(shape) == 1,
-            f"--env-id is stock/{env.name}, but the observations of {env.name} have shape {shape}; "
-            "a stock can be added to vectors only",
+            is_box and len(space.shape) == 1,
+            f"--env-id is stock/{env.name}, but the observations of {env.name} {they}; a stock can be added to vectors "
+            "only",
         )
         self.env = env
         self._params = StockParams(

@@ -2,18 +2,29 @@
 
 import dataclasses
 import math
+import numbers
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.wording import alternatives
 
 
 class ConfigurationError(ValueError):
     """A setting that cannot work; the message names the argument, its value and what is allowed."""
+
+
+class UnsupportedEnvironment(ConfigurationError):
+    """An environment that an algorithm cannot take; `why` says in a few words what is in the way."""
+
+    def __init__(self, env, why: str, needed: str):
+        super().__init__(f"--env-id is {env.name}, whose {why}; this algorithm needs {needed}")
+        self.why = why
 
 
 class Agent(NamedTuple):
@@ -33,7 +44,7 @@ class Agent(NamedTuple):
     that return adds to each reward after the first (the entropy bonus of soft agents, else 0), `[batch]`."""
     predict: Callable[[Any, jax.Array, jax.Array], Law]
     """`predict(state, observation, action) -> law`: the learned return distribution as weighted atoms `[batch, atoms]`;
-    agents that learn a mean return one atom per critic."""
+    agents that learn a mean return one atom per critic, see `learns_mean`."""
     export: Callable[[Any], dict[str, jax.Array]]
     """`export(state) -> arrays`: the evaluation policy for `portable.save_policy`."""
     warmup_steps: int
@@ -42,6 +53,9 @@ class Agent(NamedTuple):
     """Environment steps taken by one `step`, over all environments."""
     updates_per_iteration: int
     """Gradient updates of the critic in one `step`."""
+    learns_mean: bool = False
+    """Whether the critic learns the mean of the return and not its distribution, whatever the number of atoms: two
+    critics' means are no law of two atoms, and an agent with one quantile still learns a law."""
 
 
 # -- configurations ---------------------------------------------------------------------------------------------------
@@ -60,16 +74,21 @@ class Range:
 
     def __str__(self) -> str:
         opening = "(" if self.open_below or math.isinf(self.low) else "["
-        return f"{opening}{self.low:g}, {self.high:g}{')' if math.isinf(self.high) else ']'}"
+        low, high = (str(x) if isinstance(x, int) else f"{x:g}" for x in (self.low, self.high))
+        return f"{opening}{low}, {high}{')' if math.isinf(self.high) else ']'}"
 
 
 Real = Annotated[float, Range(-math.inf, math.inf)]
 Positive = Annotated[float, Range(0, math.inf, open_below=True)]
 NonNegative = Annotated[float, Range(0, math.inf)]
 Fraction = Annotated[float, Range(0, 1)]
-Count = Annotated[int, Range(1, math.inf)]
-Natural = Annotated[int, Range(0, math.inf)]
-Layers = Annotated[tuple[int, ...], Range(1, math.inf)]
+LARGEST = 2**31 - 1
+"""The largest size and number of steps: counters on the device are int32."""
+Count = Annotated[int, Range(1, LARGEST)]
+Natural = Annotated[int, Range(0, LARGEST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+"""What makes a key of its own: `jax.random.key` wraps beyond 32 bits."""
+Layers = Annotated[tuple[int, ...], Range(1, LARGEST)]
 """Widths of one or more hidden layers; a plain `tuple[int, ...]` may be empty."""
 
 
@@ -86,21 +105,52 @@ def configuration(cls):
 
 
 def check_configuration(config) -> None:
-    """Raise ConfigurationError for the first number that is not finite or lies outside its field's range."""
+    """Raise ConfigurationError for the first field whose value is not of its type, not finite or out of its range."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        hint, value = hints[field.name], getattr(config, field.name)
-        ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
-        if hint == tuple[int, ...]:
-            ranges, numbers = [Range(1, math.inf)], value
-        elif ranges:
-            numbers = np.ravel(np.asarray(value)) if np.size(value) else (0,)
-        else:
-            continue
-        for number in numbers:
-            if not math.isfinite(number) or any(number not in allowed for allowed in ranges):
-                allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
-                raise ConfigurationError(f"{option(field.name)} is {value}; it must be {allowed}")
+        check_value(option(field.name), hints[field.name], getattr(config, field.name))
+
+
+def check_value(name: str, hint: Any, value: Any) -> None:
+    """Raise ConfigurationError unless `value` is one of the type `hint`; a float may be an array, as in sweeps.
+
+    Numbers must fit what computes with them: sizes and counters int32, all others float32.
+    """
+    ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    hint = hint.__origin__ if ranges else hint
+    series = typing.get_origin(hint) is tuple
+    of = typing.get_args(hint)[0] if series else hint
+    each = [value]
+    if series:
+        each = value if isinstance(value, tuple) and (value or not ranges) else [None]
+    elif of is float:
+        each = np.ravel(value).tolist()
+    if typing.get_origin(of) is Literal:
+        fits, allowed, value = value in typing.get_args(of), alternatives(typing.get_args(of)), repr(value)
+    elif of is int:
+        ranges = ranges or [Range(1 if series else -LARGEST - 1, LARGEST)]
+        allowed = f"{'whole numbers' if series else 'a whole number'} in {ranges[0]}"
+        fits = all(isinstance(x, numbers.Integral) and not isinstance(x, bool) and x in ranges[0] for x in each)
+    elif of is float:
+        allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
+        right = all(isinstance(x, numbers.Real) and _within(x, ranges) for x in each)
+        fits = right and all(_within(as_float32(x), ranges) for x in each)
+        allowed += ", also as float32" * right
+    else:
+        allowed = "True or False" if of is bool else "text"
+        fits = of not in (bool, str) or all(isinstance(x, of) for x in each)
+    require(fits, f"{name} is {value}; it must be {allowed}")
+
+
+def _within(number: float, ranges: Sequence[Range]) -> bool:
+    return math.isfinite(number) and all(number in allowed for allowed in ranges)
+
+
+def as_float32(number: float) -> float:
+    """As programs see it: huge numbers become infinite, and tiny ones 0 (XLA has no subnormal numbers)."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.float32(number)
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
 
 
 def option(field_name: str) -> str:
@@ -116,41 +166,64 @@ def require(condition: bool, message: str) -> None:
 
 def continuous_action_size(env, env_params) -> int:
     """Number of action components of an environment with vector observations and actions in [-1, 1]^n."""
-    action_space, observation_space = env.action_space(env_params), env.observation_space(env_params)
-    require(
-        hasattr(action_space, "low"),
-        f"--env-id is {env.name}, whose actions are discrete; this algorithm needs continuous actions",
-    )
-    require(
-        len(action_space.shape) == 1 and np.all(action_space.low == -1) and np.all(action_space.high == 1),
-        f"--env-id is {env.name}, whose actions have shape {action_space.shape} and bounds {action_space.low} to "
-        f"{action_space.high}; this algorithm needs a vector in [-1, 1] (jaxrl_dist.envs.make rescales)",
-    )
-    require(
-        len(observation_space.shape) == 1,
-        f"--env-id is {env.name}, whose observations have shape {observation_space.shape}; "
-        "this algorithm needs vectors",
-    )
+    action_space, observation_space = spaces_of(env, env_params)
+    kind = kind_of(action_space)
+    require_environment(kind == "continuous", env, f"actions are {kind}", "continuous actions")
+    bounds = bounds_of(action_space)
+    needed = "a vector in [-1, 1] (jaxrl_dist.envs.rescale_actions maps finite bounds)"
+    require_environment(bounds is not None, env, "actions have bounds that depend on traced parameters", needed)
+    low, high = bounds
+    require_environment(
+        len(action_space.shape) == 1 and bool(np.all(low == -1) and np.all(high == 1)),
+        env, f"actions have shape {action_space.shape} and bounds {_shown(low)} to {_shown(high)}", needed,
+    )  # fmt: skip
+    _check_observations(env, observation_space, (1,), "vectors")
     return action_space.shape[0]
 
 
 def discrete_action_count(env, env_params) -> int:
     """Number of actions of an environment with a finite choice of them and array observations."""
-    action_space, observation_space = env.action_space(env_params), env.observation_space(env_params)
-    require(
-        hasattr(action_space, "n"),
-        f"--env-id is {env.name}, whose actions are continuous; this algorithm needs a finite choice of actions",
-    )
-    require(
-        1 <= len(observation_space.shape) <= 3,
-        f"--env-id is {env.name}, whose observations have shape {observation_space.shape}; "
-        "this algorithm needs vectors, matrices or images [height, width, channels]",
+    action_space, observation_space = spaces_of(env, env_params)
+    kind, start = kind_of(action_space), getattr(action_space, "start", 0)
+    require_environment(kind == "discrete", env, f"actions are {kind}", "a finite choice of actions")
+    require_environment(start == 0, env, f"actions begin at {start}", "actions that are numbered from 0")
+    require_environment(action_space.n >= 1, env, f"actions are {action_space.n} in number", "at least one")
+    _check_observations(env, observation_space, (1, 2, 3), "vectors, matrices or images [height, width, channels]")
+    shape = observation_space.shape
+    require_environment(
+        len(shape) < 3 or min(shape[:2]) >= 3, env, f"images have shape {shape}", "at least 3 x 3 pixels"
     )
     return int(action_space.n)
 
 
+def require_environment(condition: bool, env, why: str, needed: str) -> None:
+    """Raise UnsupportedEnvironment unless `condition` holds: "..., whose `why`; this algorithm needs `needed`"."""
+    if not condition:
+        raise UnsupportedEnvironment(env, why, needed)
+
+
+def _check_observations(env, space, dimensions: tuple[int, ...], needed: str) -> None:
+    kind = kind_of(space)
+    hint = f"{needed} (jaxrl_dist.envs.one_hot_observations makes them)" if kind == "discrete" else needed
+    require_environment(kind in ("continuous", "integers"), env, f"observations are {kind}", hint)
+    fits = len(space.shape) in dimensions and 0 not in space.shape
+    require_environment(fits, env, f"observations have shape {space.shape}", needed)
+
+
+def _shown(bound: np.ndarray) -> str:
+    """A bound, as one number where all components have the same."""
+    return f"{bound.flat[0]:g}" if bound.size and np.all(bound == bound.flat[0]) else str(bound.tolist())
+
+
 def check_replay(config) -> None:
     """The relations between sizes that every replay-based algorithm needs, before anything compiles."""
+    for name in ("replay_capacity", "num_envs"):
+        rows = getattr(config, name) * (getattr(config, "num_steps", 1) if name == "num_envs" else 1)
+        require(
+            rows <= LARGEST // 2,
+            f"{option(name)} is {getattr(config, name)}, which makes {rows} rows; at most {LARGEST // 2} can be told "
+            "apart by int32, since two of their numbers are added",
+        )
     require(
         config.batch_size <= config.warmup_steps,
         f"--batch-size is {config.batch_size}; it must be at most --warmup-steps = {config.warmup_steps}, "

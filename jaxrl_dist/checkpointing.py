@@ -2,48 +2,52 @@
 
 One checkpoint is one folder, named by its iteration:
 
-    checkpoints/300/arrays/...       written by orbax
-    checkpoints/300/manifest.json    name, shape and dtype of every array; size and checksum of every file
+    checkpoints/300/arrays/0/7       numbers of array 7 as they lie in memory, the part that process 0 wrote
+    checkpoints/300/manifest.json    name, shape and dtype of every array and where its pieces lie; what the caller said
+                                     `about` it; size and checksum of every file
     checkpoints/unfinished-...       a save or a deletion that was interrupted; removed by the next save
 
 A checkpoint is written under its `unfinished-` name, flushed to the disk, given its manifest and only then renamed, and
 renaming a folder is atomic: a number as a name means complete. Older checkpoints are removed after that, never before.
 
-Choices, and what they rest on (orbax-checkpoint 0.12.8):
+Choices, and what they rest on:
 
-- orbax's classic `Checkpointer` and not `orbax.checkpoint.experimental.v1`: the latter still says "experimental" in its
-  name. Not `CheckpointManager` either: its deletion, retries and asynchronous saving are what must be in our own hands
-  for the promise above, and little is left of it without them.
-- The state goes to orbax as a flat `{number: array}`, and the manifest says which field each number is. Structure, keys
-  and empty arrays (which orbax refuses) are then ours to check, in our own words, whatever version of orbax reads them.
-- Arrays come back through the host and are placed by `jax.device_put`, so the devices that wrote them do not matter.
-  Only an array that several processes share is placed by orbax, which reads no more than each process needs of it.
-- Several processes write one checkpoint together, each its own part of the arrays through orbax, into one folder that
-  all of them see (a shared file system). Everything else is done by the first process, the checksums too, between two
-  points at which all wait for all: no process goes on before the checkpoint is complete.
+- **No second copy of the state, neither when saving nor when loading**: an array is written and read back in blocks of
+  at most `BLOCK_BYTES`, which is all that is held beside the state. Hence plain files and not orbax: of arrays that are
+  split over devices orbax-checkpoint 0.12.8 held three quarters of the state once more while it saved (`experiments/
+  memory`), and its limits on that refuse an array that is larger than they are.
+- One file per array and process: `numpy.fromfile(file, dtype).reshape(shape)` reads an array that one process wrote.
+  Structure, keys and shapes are in the manifest and ours to check, in our own words.
+- Every block goes to its place on its device at once, so the devices that wrote it do not matter; a process reads no
+  more than its devices need.
+- Several processes write one checkpoint together, each its own part of the arrays, into one folder that all of them see
+  (a shared file system). Everything else is done by the first process, the checksums too, between two points at which
+  all wait for all: no process goes on before the checkpoint is complete.
 - No compression: the floats of a full replay buffer hardly shrink, and saving them takes several times as long.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import functools
 import hashlib
 import json
-import logging
+import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxrl_dist import hosts
 from jaxrl_dist.keys import is_key
 
+BLOCK_BYTES = 2**25
+_FORMAT = 2  # of the manifest and the files; 1 was orbax's
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
 _UNFINISHED = "unfinished-"
@@ -51,6 +55,10 @@ _UNFINISHED = "unfinished-"
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose files are not what was written: names the path and what is wrong with it."""
+
+
+class CheckpointNotWritten(OSError):
+    """There is no room for a checkpoint or no folder: names it and says what is needed, in one line."""
 
 
 class Checkpoints:
@@ -66,33 +74,57 @@ class Checkpoints:
             raise ValueError(f"keep={keep!r}: must be an integer of at least 1")
         self.folder = Path(folder)
         self.keep = keep
+        self._in_a_run = self.folder.parent.is_dir()
 
-    def save(self, iteration: int, tree: Any) -> None:
+    def save(self, iteration: int, tree: Any, about: Mapping[str, Any] | None = None) -> None:
         """Writes `tree`, a pytree of arrays, as checkpoint `iteration`; when it returns, the checkpoint is on the disk.
 
         Then, and not before, all but the `keep` newest are removed, and with them what stood at this iteration or a
         later one: the run went back to before those, because they were damaged or because the user asked for it.
+        `about`: a small mapping that JSON can express, which `about()` gives back. Where the disk is full or the folder
+        gone: CheckpointNotWritten; nothing is left of this checkpoint, and the earlier ones are as they were.
         """
         if isinstance(iteration, bool) or not isinstance(iteration, int | np.integer) or iteration < 0:
             raise ValueError(f"iteration={iteration!r}: must be an integer of at least 0")
         fields, arrays = _describe(tree)
+        about = json.loads(json.dumps(dict(about or {})))  # refused here, before anything is written
         staging = self.folder / f"{_UNFINISHED}{iteration}"
-        hosts.by_first(lambda: self._make_room(staging))
-        if arrays:
-            with _quiet(), _checkpointer() as checkpointer:
-                checkpointer.save((staging / _ARRAYS).absolute(), args=ocp.args.PyTreeSave(arrays))
-        _flush_all(staging)  # by every process: another machine's unwritten data are not ours to flush
-        hosts.wait()
-        hosts.by_first(lambda: self._complete(staging, int(iteration), fields))
+        needed = bytes_to_write(tree)
+        try:
+            hosts.by_first(lambda: self._make_room(staging, needed))
+            failure = _write(staging / _ARRAYS, fields, arrays)
+            if hosts.collect(np.int32(failure is not None)).any():
+                raise failure or OSError("another process could not write its part")
+            hosts.by_first(lambda: self._complete(staging, int(iteration), fields, about))
+        except OSError as error:
+            raise self._not_written(iteration, staging, needed, error) from error
 
-    def _make_room(self, staging: Path) -> None:
+    def _make_room(self, staging: Path, needed: int) -> None:
+        if self._in_a_run and not self.folder.parent.is_dir():
+            raise FileNotFoundError(f"the folder {self.folder.parent} is gone")
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(os.strerror(errno.ENOSPC))
         staging.mkdir()
 
-    def _complete(self, staging: Path, iteration: int, fields: dict[str, Any]) -> None:
-        _write_manifest(staging, {"iteration": iteration, "fields": fields, "files": _digests(staging)})
+    def _not_written(self, iteration: int, staging: Path, needed: int, error: OSError) -> CheckpointNotWritten:
+        """What to say of a checkpoint that failed, which is removed."""
+        kept, free = self.iterations(), "?"
+        if hosts.is_first() and self.folder.is_dir():
+            shutil.rmtree(staging, ignore_errors=True)
+            free = megabytes(shutil.disk_usage(self.folder).free)
+        return CheckpointNotWritten(
+            f"checkpoint {iteration} could not be written to {self.folder} ({error.strerror or error}): it needs "
+            f"{megabytes(needed)}, {free} are free; "
+            + (f"intact are the checkpoints {kept}" if kept else "there is no earlier checkpoint")
+        )
+
+    def _complete(self, staging: Path, iteration: int, fields: dict[str, Any], about: dict[str, Any]) -> None:
+        _flush_folders(staging)
+        content = {"format": _FORMAT, "iteration": iteration, "about": about}
+        _write_manifest(staging, content | {"fields": fields, "files": _digests(staging)})
         before = self.iterations()
         if iteration in before:
             self._remove(iteration)
@@ -168,20 +200,13 @@ class Checkpoints:
         wanted = {_name(key_path): leaf for key_path, leaf in named}
         _compare(path, saved, {name: _kind(name, leaf) for name, leaf in wanted.items()})
 
-        stored = [field["array"] for field in saved.values() if field["array"]]
-        arrays = {}
-        if stored:
-            how = {saved[name]["array"]: _how_to_restore(leaf) for name, leaf in wanted.items()}
-            how = {number: how[number] for number in stored}
-            request = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=how)
-            with _quiet(), _checkpointer() as checkpointer:
-                arrays = checkpointer.restore((path / _ARRAYS).absolute(), args=request)
-        # `pop`: the host's copy of a large replay buffer is let go as soon as it is placed.
-        leaves = [
-            _place(arrays.pop(saved[name]["array"]) if saved[name]["array"] else None, saved[name], leaf)
-            for name, leaf in wanted.items()
-        ]
+        # One array after the other, so that no more than a block of one is held twice.
+        leaves = [_restored(path / _ARRAYS, saved[name], leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(structure, leaves)
+
+    def about(self, iteration: int) -> dict[str, Any]:
+        """What was said `about` a checkpoint when it was saved; DamagedCheckpoint where the manifest is damaged."""
+        return self._manifest(iteration)["about"]
 
     def _path(self, iteration: int) -> Path:
         return self.folder / str(iteration)
@@ -207,6 +232,11 @@ class Checkpoints:
         if checksum != _digest(content.encode()):
             raise DamagedCheckpoint(f"{manifest_path}: the checksum differs from the one written with it")
         manifest = json.loads(content)
+        if manifest.get("format", 1) != _FORMAT:
+            raise ValueError(
+                f"{path}: was written by another version of jaxrl-dist, in format {manifest.get('format', 1)} where "
+                f"this one reads {_FORMAT}; go on with the version that config.json of the run names"
+            )
         if manifest["iteration"] != iteration:
             raise DamagedCheckpoint(f"{path}: was saved as iteration {manifest['iteration']}")
         return manifest
@@ -225,7 +255,11 @@ def _kind(name: str, leaf: Any) -> str:
 
 
 def _describe(tree: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """For the manifest, `{name: {kind, shape, dtype, key, array}}`, and for orbax, `{number: array}`."""
+    """For the manifest, `{name: {kind, shape, dtype, key, array, pieces}}`, and `{number: array}` to write.
+
+    Pieces are blocks of an array: the `process` that writes each, the `offset` in its file, and where it begins and
+    ends along every axis. All processes find the same ones.
+    """
     fields, arrays = {}, {}
     for number, (key_path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
         name = _name(key_path)
@@ -234,11 +268,177 @@ def _describe(tree: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
             raise ValueError(f"{name} is {leaf}: a shape without values cannot be saved")
         key = str(jax.random.key_impl(leaf)) if is_key(leaf) else None
         array = leaf if key is None else jax.random.key_data(leaf)
-        stored = str(number) if array.size else None  # orbax refuses arrays without elements
-        fields[name] = {"kind": kind, "shape": array.shape, "dtype": str(array.dtype), "key": key, "array": stored}
-        if stored:
-            arrays[stored] = np.asarray(array) if isinstance(array, np.generic) else array
+        array = np.asarray(array) if isinstance(array, np.generic) else array
+        arrays[str(number)] = array
+        fields[name] = {
+            "kind": kind, "shape": array.shape, "dtype": str(array.dtype), "key": key, "array": str(number),
+            "pieces": _pieces(array),
+        }  # fmt: skip
     return fields, arrays
+
+
+def _pieces(array: jax.Array | np.ndarray) -> list[dict[str, Any]]:
+    """The pieces of an array, each in the hands of one device; where several have the same, it is the first one's."""
+    whole = tuple((0, size) for size in array.shape)
+    owners = {whole: 0}
+    if isinstance(array, jax.Array):
+        owners = {}
+        for device, index in array.sharding.devices_indices_map(array.shape).items():
+            process = 0 if array.is_fully_addressable else device.process_index
+            owners.setdefault(_bounds(index, array.shape), process)
+    written, pieces = {}, []
+    for bounds, process in sorted(owners.items()):
+        offset = written.setdefault(process, 0)
+        written[process] += math.prod(stop - start for start, stop in bounds) * array.dtype.itemsize
+        pieces.append({"process": process, "offset": offset, "bounds": bounds})
+    return pieces if array.size else []
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def bytes_to_write(tree: Any) -> int:
+    """Size of a checkpoint of `tree`, arrays or `jax.ShapeDtypeStruct`s, but for its manifest."""
+
+    def size(leaf: Any) -> int:
+        leaf = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+        return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Where the blocks of at most `BLOCK_BYTES` that make up an array begin and end, in the order of its memory."""
+    row_bytes = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+    axis = next((axis for axis, size in enumerate(row_bytes) if size <= BLOCK_BYTES), None)
+    if axis is None or 0 in shape:
+        yield (0,) * len(shape), shape
+        return
+    rows = BLOCK_BYTES // row_bytes[axis]
+    rest = shape[axis + 1 :]
+    for outer in np.ndindex(*shape[:axis]):
+        for first in range(0, shape[axis], rows):
+            start = (*outer, first, *(0 for _ in rest))
+            yield start, (*(place + 1 for place in outer), min(first + rows, shape[axis]), *rest)
+
+
+def _write(folder: Path, fields: Mapping[str, Any], arrays: Mapping[str, Any]) -> OSError | None:
+    """Writes this process's pieces of all arrays to the disk; returns the error there was, for others wait for it."""
+    mine = jax.process_index()
+    try:
+        for field in fields.values():
+            pieces = [piece for piece in field["pieces"] if piece["process"] == mine]
+            if pieces:
+                (folder / str(mine)).mkdir(parents=True, exist_ok=True)
+                _write_array(folder / str(mine) / field["array"], arrays[field["array"]], pieces)
+    except OSError as error:
+        return error
+    return None
+
+
+def _write_array(path: Path, array: jax.Array | np.ndarray, pieces: list[dict[str, Any]]) -> None:
+    held = {pieces[0]["bounds"]: array}
+    if isinstance(array, jax.Array):
+        held = {_bounds(shard.index, array.shape): shard.data for shard in array.addressable_shards}
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            data = held[piece["bounds"]]
+            for start, stop in _blocks(data.shape, data.dtype.itemsize):
+                block = np.ascontiguousarray(_taken(data, start, stop)).reshape(-1).view(np.uint8)
+                done = 0
+                while done < block.size:  # a disk that fills up takes a part first and says so at the next try
+                    done += file.write(block[done:])
+        os.fsync(file.fileno())
+
+
+def _taken(data: jax.Array | np.ndarray, start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
+    """A block of what one device holds, on the host."""
+    sizes = tuple(last - first for first, last in zip(start, stop, strict=True))
+    if sizes == data.shape:
+        return np.asarray(data)
+    if isinstance(data, np.ndarray):
+        return data[_slices(start, stop)]
+    return np.asarray(jax.lax.dynamic_slice(data, start, sizes))
+
+
+def _slices(start: tuple[int, ...], stop: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(map(slice, start, stop))
+
+
+def _read(folder: Path, field: dict[str, Any], start: tuple[int, ...], stop: tuple[int, ...]) -> np.ndarray:
+    """A block of a stored array, out of all the pieces that have a part of it."""
+    dtype = jnp.dtype(field["dtype"])
+    block = np.empty(tuple(last - first for first, last in zip(start, stop, strict=True)), dtype)
+    for piece in field["pieces"]:
+        low, high = (tuple(bound[side] for bound in piece["bounds"]) for side in (0, 1))
+        first, last = tuple(map(max, start, low)), tuple(map(min, stop, high))
+        if any(begin >= end for begin, end in zip(first, last, strict=True)):
+            continue
+        # Mapped anew for every block: pages that were read count as this process's until the map is gone.
+        stored = np.memmap(
+            folder / str(piece["process"]) / field["array"], dtype, "r", piece["offset"],
+            tuple(end - begin for begin, end in zip(low, high, strict=True)),
+        )  # fmt: skip
+        block[_slices(_less(first, start), _less(last, start))] = stored[_slices(_less(first, low), _less(last, low))]
+    return block
+
+
+def _less(place: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a - b for a, b in zip(place, origin, strict=True))
+
+
+def _restored(folder: Path, field: dict[str, Any], like: Any) -> Any:
+    """One array as `like` wants it: numpy, or on the devices of its sharding, or a typed key there."""
+    shape = tuple(field["shape"])
+    if isinstance(like, np.ndarray | np.generic):
+        array = np.empty(shape, jnp.dtype(field["dtype"]))
+        for start, stop in _blocks(shape, array.dtype.itemsize):
+            array[_slices(start, stop)] = _read(folder, field, start, stop)
+        return array
+    sharding = getattr(like, "sharding", None)
+    if sharding is None:
+        array = _on_device(folder, field, tuple((0, size) for size in shape), None)
+    else:
+        parts = [
+            _on_device(folder, field, _bounds(index, shape), device)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+        array = jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    return array if field["key"] is None else jax.random.wrap_key_data(array, impl=field["key"])
+
+
+def _on_device(folder: Path, field: dict[str, Any], bounds: tuple[tuple[int, int], ...], device: Any) -> jax.Array:
+    """The part of a stored array within `bounds` on one device, None being the default one."""
+    origin = tuple(start for start, _ in bounds)
+    shape = tuple(stop - start for start, stop in bounds)
+    dtype = jnp.dtype(field["dtype"])
+
+    def read(start, stop):
+        return _read(folder, field, *(tuple(map(sum, zip(origin, place, strict=True))) for place in (start, stop)))
+
+    blocks = list(_blocks(shape, dtype.itemsize))
+    if len(blocks) == 1:
+        return jax.device_put(read(*blocks[0]), device)
+    array = jnp.zeros(shape, jax.dtypes.canonicalize_dtype(dtype), device=device)
+    for start, stop in blocks:
+        array = jax.block_until_ready(_with_block(array, read(start, stop), start))
+    return array
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_block(array: jax.Array, block: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, block, start)
+
+
+# -- checks, checksums and the disk -----------------------------------------------------------------------------------
 
 
 def _compare(path: Path, saved: dict[str, dict[str, Any]], wanted: dict[str, str]) -> None:
@@ -253,48 +453,6 @@ def _compare(path: Path, saved: dict[str, dict[str, Any]], wanted: dict[str, str
     if differences:
         more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
         raise ValueError(f"{path}: {differences[0]}{more}")
-
-
-def _place(array: np.ndarray | None, field: dict[str, Any], like: Any) -> Any:
-    """One restored array as `like` wants it: numpy, or on the devices of its sharding, or a typed key there."""
-    if array is None:
-        array = np.zeros(field["shape"], field["dtype"])
-        if _is_shared(like):
-            array = hosts.place(array, like.sharding)
-    if isinstance(like, np.ndarray | np.generic):
-        return array
-    value = array if field["key"] is None else jax.random.wrap_key_data(array, impl=field["key"])
-    return value if _is_shared(like) else jax.device_put(value, like.sharding)
-
-
-def _is_shared(like: Any) -> bool:
-    """Whether an array is spread over the devices of several processes."""
-    sharding = getattr(like, "sharding", None)
-    return sharding is not None and not sharding.is_fully_addressable
-
-
-def _how_to_restore(like: Any) -> ocp.RestoreArgs:
-    if _is_shared(like):
-        return ocp.ArrayRestoreArgs(sharding=like.sharding)
-    return ocp.RestoreArgs(restore_type=np.ndarray)
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax's log lines and warnings below an error out of the user's terminal."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _digest(data: bytes) -> str:
@@ -315,10 +473,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_all(folder: Path) -> None:
-    """Waits until everything below `folder` is on the disk."""
-    for path in folder.rglob("*"):
-        _flush(path)
+def _flush_folders(folder: Path) -> None:
+    """Waits until the lists of names below `folder` are on the disk; the files were flushed by those who wrote them."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _flush(path)
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:

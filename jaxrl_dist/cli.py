@@ -1,27 +1,31 @@
 """The command line: `python algorithms/FAMILY/NAME.py ...` and `jaxrl-dist list|train|evaluate|plot|report|doctor`.
 
-Algorithms and environments are found by name and imported only when asked for.
+Algorithms and environments are found by name and imported only when asked for. Whatever ends a command is one line on
+stderr, `error: ...`, and exit code 2 (bad input), 1 (it broke) or 130 (Ctrl-C); a traceback is a bug of ours.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
-import importlib
-import importlib.util
 import os
-import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from jaxrl_dist import arguments as words_of
+from jaxrl_dist.agent import ConfigurationError, Count, Seed, check_value, require
+from jaxrl_dist.catalog import algorithms, display_name, find_algorithm, title
+from jaxrl_dist.wording import alternatives, counted, nearest
+
+BROKEN = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+COMMANDS = ("list", "train", "evaluate", "plot", "report", "doctor")
 
 
 def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[str, Any]], arguments=None) -> None:
@@ -34,42 +38,75 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     prints.
     """
     spread_over_cores()
-    from jaxrl_dist import compile_cache, hosts, optuna_study, problem, runner, study, sweeps
-    from jaxrl_dist.agent import option, require
+    from jaxrl_dist import compile_cache, hosts, optuna_study, places, problem, runner, study, sweeps
+    from jaxrl_dist.agent import option
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
+    program = f"{algorithm}.py" if arguments is None else f"jaxrl-dist train {algorithm}"
     console = Console()
-    default_env = next(iter(presets))
-    with hosts.leaving(), _clear_errors(console):
+    with hosts.leaving(), _clear_errors():
         arguments, swept = sweeps.split_arguments(sys.argv[1:] if arguments is None else arguments)
-        env_id = _peek(arguments, "--env-id", default_env)
-        preset_name = _peek(arguments, "--preset", problem.RunOptions.preset)
+        given = words_of.split(arguments)
+        # The defaults of all other options depend on these two.
+        env_id, preset_name = (
+            words_of.read(f"--{name}", str, given.get(name.replace("-", "_"), [default]))
+            for name, default in (("env-id", next(iter(presets))), ("preset", problem.RunOptions.preset))
+        )
         preset_name = env_id if preset_name == "auto" and env_id in presets else preset_name
-        if preset_name not in ("auto", "none", *presets):
-            raise ValueError(f"--preset is {preset_name!r}; it must be auto, none or one of {', '.join(presets)}")
+        known = ("auto", "none", *presets)
+        require(preset_name in known, f"--preset is {preset_name!r}; it must be {alternatives(known)}")
         preset = presets.get(preset_name, {})
-        options, sweep, config = _parse(
-            problem.RunOptions, config_type, {"env_id": default_env, **preset}, arguments, prog=f"{algorithm}.py",
-            description=_description(make_agent, preset_name if preset else ""),
-        )  # fmt: skip
+        of_the_run, of_the_algorithm = problem.split_preset({"env_id": next(iter(presets)), **preset})
+        defaults = (problem.RunOptions(**of_the_run), sweeps.SweepOptions(), config_type(**of_the_algorithm))
+        if "help" in given:
+            groups = zip(("run", "sweep", "algorithm"), defaults, strict=True)  # as the help calls their options
+            fields = [(name, type(each), dataclasses.field(default=each)) for name, each in groups]
+            arguments_type = dataclasses.make_dataclass("Arguments", fields, frozen=True)
+            _show_help(program, _description(make_agent, preset_name if preset else ""), arguments_type)
+        read = words_of.values([*map(type, defaults)], given, program)
+        options, sweep, config = (
+            dataclasses.replace(default, **values) for default, values in zip(defaults, read, strict=True)
+        )
         hosts.join(options.distributed, options.num_processes, options.process_id, options.device)
         if options.distributed != "off":
             options = dataclasses.replace(options, name=options.name or hosts.by_first(runner.date_and_time))
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
+        # Any name does here, and asking the other processes for theirs would start JAX before --device is heeded.
+        somewhere = dataclasses.replace(options, name=options.name or runner.date_and_time())
+        places.require_run_folder(runner.folder_of(algorithm, somewhere), options.runs_folder)
         compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
         if sweep.sweep_optuna and (swept or sweep.sweep_file):
             axes = sweeps.parse(config_type, swept, random=True)
-            optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
+            folder = optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
         elif swept or sweep.sweep_file:
             found = sweeps.configurations(config_type, swept, sweep)
-            study.train(algorithm, make_agent, config, options, found, console, sweep)
+            folder = study.train(algorithm, make_agent, config, options, found, console, sweep)
         else:
             given = [name for name, default in vars(sweeps.SweepOptions()).items() if getattr(sweep, name) != default]
             require(not given, f"{', '.join(map(option, given))} need --sweep.FIELD VALUES")
-            runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+            folder = runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+        if hosts.is_first():
+            _require_sound(folder)
+
+
+def _require_sound(folder: Path) -> None:
+    """End with an error where runs of a training or a study diverged, after all its results are there."""
+    from jaxrl_dist import recording, study, tables
+
+    metrics = tables.read(folder / "results.csv") if study.is_study(folder) else recording.read_metrics(folder)
+    lost = recording.divergences(metrics)
+    if len(lost):
+        lanes = len(metrics[[column for column in ("configuration", "seed") if column in metrics]].drop_duplicates())
+        first = lost.iloc[0]
+        name = recording.run_name(first.to_dict(), " ").replace("_", " ")
+        _stop(
+            f"{len(lost)} of {counted(lanes, 'run')} diverged (the first: {name}, {first.metric} at iteration "
+            f"{first.iteration}) and ended as they were before; results of all are in {folder}",
+            BROKEN,
+        )
 
 
 def spread_over_cores() -> None:
@@ -81,25 +118,14 @@ def spread_over_cores() -> None:
         jax.config.update("jax_num_cpu_devices", cores)
 
 
-def _parse(options_type, config_type, preset, arguments, *, prog: str, description: str):
-    """Options of the run, of a sweep and of the algorithm in groups of one flat command line."""
-    from jaxrl_dist.problem import split_preset
-    from jaxrl_dist.sweeps import SweepOptions
+def _show_help(program: str, description: str, options_type: type) -> None:
+    """Print the help of a dataclass, or of several in one, and exit."""
+    import tyro  # here, since only the help needs it
 
-    of_the_run, of_the_algorithm = split_preset(preset)
-    run, algorithm = options_type(**of_the_run), config_type(**of_the_algorithm)
-
-    @dataclasses.dataclass(frozen=True)
-    class Arguments:
-        run: options_type = dataclasses.field(default_factory=lambda: run)
-        sweep: SweepOptions = dataclasses.field(default_factory=SweepOptions)
-        algorithm: config_type = dataclasses.field(default_factory=lambda: algorithm)
-
-    parsed = tyro.cli(
-        Arguments, args=arguments, prog=prog, description=description,
+    tyro.cli(
+        options_type, args=["--help"], prog=program, description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )  # fmt: skip
-    return parsed.run, parsed.sweep, parsed.algorithm
 
 
 def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None = None) -> None:
@@ -110,14 +136,16 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
     from jaxrl_dist import compile_cache
     from jaxrl_dist.agent import check_configuration
 
-    console = Console()
     source = Path(sys.modules[solver.__module__].__file__)
-    with _clear_errors(console):
-        config = tyro.cli(
-            config_type, args=arguments, prog=source.name, description=_description(solver, ""),
-            config=(tyro.conf.FlagConversionOff,),
-        )  # fmt: skip
+    program = source.name if arguments is None else f"jaxrl-dist train {source.stem}"
+    with _clear_errors():
+        given = words_of.split(sys.argv[1:] if arguments is None else arguments)
+        if "help" in given:
+            _show_help(program, _description(solver, ""), config_type)
+        (read,) = words_of.values([config_type], given, program)
+        config = config_type(**read)
         check_configuration(config)
+        console = Console()
         compile_cache.use("auto", console)
         solver(config, console)
 
@@ -128,31 +156,34 @@ def _description(make_agent, preset_name: str) -> str:
     return "\n\n".join([*text[:2], shown])
 
 
-def _peek(arguments: Sequence[str], name: str, default: str) -> str:
-    """The value of one option before the full parser, whose defaults depend on it, exists."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(name, name.replace("-", "_").replace("__", "--", 1), dest="value", default=default)
-    return parser.parse_known_args(arguments)[0].value
-
-
 @contextlib.contextmanager
-def _clear_errors(console: Console) -> Iterator[None]:
+def _clear_errors() -> Iterator[None]:
     """Bad input ends in one line and exit code 2, a broken run in one line and 1, Ctrl-C in 130: no tracebacks."""
-    from jaxrl_dist.runner import NonFiniteMetric
-
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if str(error).startswith("RESOURCE_EXHAUSTED"):  # XLA's word for it
+            _stop(f"out of memory: {str(error).partition(': ')[2]}", BROKEN)
         # Only errors raised on purpose are one line; anything else is a bug and keeps its traceback.
         if not _is_ours(error):
             raise
-        console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(USAGE_ERROR)
-    except NonFiniteMetric as error:
-        console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        _stop(str(error), USAGE_ERROR if isinstance(error, ValueError) else BROKEN)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN)
+    except OSError as error:
+        _stop(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error), BROKEN)
+    except MemoryError as error:
+        _stop(f"out of memory: {error}", BROKEN)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _stop(message: str, status: int) -> None:
+    """Say why in one line, with whatever a terminal would obey made visible, and exit."""
+    line = "".join(x if x.isprintable() else repr(x)[1:-1] for x in " ".join(message.splitlines()))
+    Console(stderr=True).print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -160,51 +191,55 @@ def _is_ours(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    return traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
+    ours = traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
+    return ours or isinstance(error, ConfigurationError)
 
 
 # -- jaxrl-dist -------------------------------------------------------------------------------------------------------
 
 
-def algorithms() -> dict[str, str]:
-    """Name of every algorithm -> its module, found by looking, not by registration."""
-    root = importlib.import_module("jaxrl_dist.algorithms")
-    found = {}
-    for family in pkgutil.iter_modules(root.__path__, f"{root.__name__}."):
-        if family.ispkg:
-            package = importlib.import_module(family.name)
-            found |= {
-                m.name.rsplit(".", 1)[1]: m.name for m in pkgutil.iter_modules(package.__path__, f"{family.name}.")
-            }
-    return found
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as everything else does, in one line and without a usage text."""
+
+    def error(self, message: str):
+        raise ConfigurationError(re.sub(r"^argument (\S+?): ", r"\1 ", message))
 
 
-def find_algorithm(name: str):
-    """Import the module of an algorithm; an unknown name is a ValueError with the nearest ones."""
-    known = algorithms()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known ones: {', '.join(sorted(known))}"
-        raise ValueError(f"NAME is {name!r}, which is no algorithm; {hint}")
-    return importlib.import_module(known[name])
+def _typed(hint: Any) -> Callable[[str], Any]:
+    """Reads a word as a value of this type, for argparse."""
+
+    def read(word: str) -> Any:
+        try:
+            value = words_of.read("", hint, [word])
+            check_value("", hint, value)
+        except ConfigurationError as error:
+            raise argparse.ArgumentTypeError(str(error).strip()) from None
+        return value
+
+    return read
 
 
 def command(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `jaxrl-dist` and `python -m jaxrl_dist`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="jaxrl-dist", description="Fully jitted distributional reinforcement learning."
-    )
+    with _clear_errors():
+        _command(arguments)
+
+
+def _command(arguments: list[str]) -> None:
+    parser = _Parser(prog="jaxrl-dist", description="Fully jitted distributional reinforcement learning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="algorithms and environments")
     train = commands.add_parser(
-        "train", help="train an algorithm: jaxrl-dist train NAME [options of NAME]", add_help=False
-    )
-    train.add_argument("name", metavar="NAME")
+        "train", help="train an algorithm: jaxrl-dist train NAME [options of NAME]",
+        usage="jaxrl-dist train NAME [options of NAME]",
+        description="The options of an algorithm: jaxrl-dist train NAME --help",
+    )  # fmt: skip
+    train.add_argument("name", metavar="NAME", help=", ".join(algorithms()))
     evaluate = commands.add_parser("evaluate", help="evaluate the newest checkpoint of a run, or a saved policy")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="folder of the run, or the .npz file of one policy")
-    evaluate.add_argument("--episodes", type=int, default=100, help="episodes per seed (default: 100)")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the evaluation (default: 0)")
+    evaluate.add_argument("--episodes", type=_typed(Count), default=100, help="episodes per seed (default: 100)")
+    evaluate.add_argument("--seed", type=_typed(Seed), default=0, help="seed of the evaluation (default: 0)")
     evaluate.add_argument(
         "--gymnasium", action="store_true",
         help="play the run's saved policies in Gymnasium's own environment, beside what our last evaluation found",
@@ -218,11 +253,15 @@ def command(arguments: Sequence[str] | None = None) -> None:
         "--distribution", action="store_true",
         help="of one run: learned return distributions against Monte-Carlo returns of the same policy",
     )  # fmt: skip
-    plot.add_argument("--states", type=int, default=6, help="with --distribution: number of states (default: 6)")
-    plot.add_argument("--run-seed", type=int, help="with --distribution: which seed of the run (default: its first)")
-    plot.add_argument("--seed", type=int, default=0, help="with --distribution: seed of states and rollouts")
+    plot.add_argument(
+        "--states", type=_typed(Count), default=6, help="with --distribution: number of states (default: 6)"
+    )
+    plot.add_argument(
+        "--run-seed", type=_typed(Seed), help="with --distribution: which seed of the run (default: its first)"
+    )
+    plot.add_argument("--seed", type=_typed(Seed), default=0, help="with --distribution: seed of states and rollouts")
     report = commands.add_parser("report", help="one HTML page to compare runs: curves, intervals, settings, warnings")
-    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs or studies")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (default: report.html)")
     report.add_argument(
         "--normalize", metavar="FILE", type=Path,
@@ -230,38 +269,45 @@ def command(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     commands.add_parser("doctor", help="versions, devices, and whether what was asked for is what is used")
 
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        near = nearest(arguments[0], COMMANDS) or COMMANDS
+        parser.error(f"COMMAND is {arguments[0]!r}; did you mean {alternatives(near)}?")
     if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        console = Console()
-        with _clear_errors(console):
-            module = find_algorithm(arguments[1])
+        module = find_algorithm(arguments[1])
         if hasattr(module, "make_agent"):
             main(module.Config, module.make_agent, module.PRESETS, arguments[2:])
         else:
             solve(module.Config, module.solve, arguments[2:])
         return
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    program = f"jaxrl-dist {parsed.command}"
+    for word in unknown:
+        known = set(vars(parsed)) - {"command", "name", "run", "runs"}
+        require(word.startswith("--"), f"{word!r} is one word too many for {program}; see {program} --help")
+        words_of.require_known(word[2:].partition("=")[0].replace("-", "_"), known, program)
     console = Console()
-    with _clear_errors(console):
-        if parsed.command == "list":
-            _list(console)
-        elif parsed.command == "evaluate":
-            if parsed.gymnasium or parsed.env_id or parsed.run.suffix == ".npz":
-                _evaluate_in_gymnasium(parsed, console)
-            else:
-                _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
-        elif parsed.command == "plot":
-            if parsed.distribution:
-                _plot_distribution(parsed, console)
-            else:
-                _plot(parsed.runs, parsed.metric, parsed.out, console)
-        elif parsed.command == "report":
-            from jaxrl_dist.report import write
+    if parsed.command == "train":
+        parser.error("NAME must come first: jaxrl-dist train NAME [options of NAME]")
+    if parsed.command == "list":
+        _list(console)
+    elif parsed.command == "evaluate":
+        if parsed.gymnasium or parsed.env_id or parsed.run.suffix == ".npz":
+            _evaluate_in_gymnasium(parsed, console)
+        else:
+            _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
+    elif parsed.command == "plot":
+        if parsed.distribution:
+            _plot_distribution(parsed, console)
+        else:
+            _plot(parsed.runs, parsed.metric, parsed.out, console)
+    elif parsed.command == "report":
+        from jaxrl_dist.report import write
 
-            write(parsed.runs, parsed.out, parsed.normalize, console)
-        elif parsed.command == "doctor":
-            from jaxrl_dist import doctor
+        write(parsed.runs, parsed.out, parsed.normalize, console)
+    elif parsed.command == "doctor":
+        from jaxrl_dist import doctor
 
-            sys.exit(doctor.main())
+        sys.exit(doctor.main())
 
 
 def _list(console: Console) -> None:
@@ -269,29 +315,49 @@ def _list(console: Console) -> None:
 
     table = Table("family", "algorithm", "what it is", title="algorithms")
     for name, module in sorted(algorithms().items(), key=lambda item: item[1]):
-        # The first line of the docstring, read without importing the algorithm (and JAX with it).
-        source = Path(importlib.util.find_spec(module).origin).read_text()
-        table.add_row(module.split(".")[-2], name, source.split('"""')[1].splitlines()[0])
+        table.add_row(module.split(".")[-2], name, title(name))
     console.print(table)
-    table = Table("family", "environments", title="environments")
-    for family, ids in envs.available().items():
-        table.add_row(family, ", ".join(ids))
-    console.print(table)
+    console.print(_support(envs.available()))
+
+
+def _support(environments: Mapping[str, Sequence[str]]) -> Table:
+    """What accepts what; environments of a family with the same answers share a row, algorithms a column."""
+    from jaxrl_dist import support
+
+    modules = {name: find_algorithm(name) for name in sorted(algorithms())}
+    trained = {name: module for name, module in modules.items() if hasattr(module, "make_agent")}
+    refusals = {
+        (family, env_id): row for family, ids in environments.items()
+        for env_id, row in support.refusals(trained, ids).items()
+    }  # fmt: skip
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name in trained:
+        columns.setdefault(tuple(row[name] for row in refusals.values()), []).append(name)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for (family, env_id), row in refusals.items():
+        rows.setdefault((family, *(row[names[0]] for names in columns.values())), []).append(env_id)
+    whole_names = Column("environments", width=1 + max(len(env_id) for _, env_id in refusals))
+    table = Table(whole_names, *map(", ".join, columns.values()), title="what trains on what")
+    for (_, *why), ids in rows.items():
+        table.add_row(", ".join(ids), *(f"no: {reason}" if reason else "yes" for reason in why), end_section=True)
+    return table
 
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import compile_cache, reporting
+    from jaxrl_dist import compile_cache, recording, reporting
 
     compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
     seeds, returns = reporting.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
-    reporting.print_results(console, seeds, returns)
+    diverged = {}
+    if (folder / "metrics.csv").exists():
+        diverged = reporting.diverged_seeds(recording.read_metrics(folder))
+    reporting.print_results(console, seeds, returns, diverged)
 
 
 def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None:
     from jaxrl_dist import gymnasium_evaluation
-    from jaxrl_dist.agent import require
 
     how = {"episodes": parsed.episodes, "seed": parsed.seed}
     if parsed.run.suffix == ".npz":
@@ -303,34 +369,41 @@ def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None
 
 
 def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:
-    from jaxrl_dist import plotting, recording, study
-    from jaxrl_dist.agent import require
+    from jaxrl_dist import places, plotting, recording, study
 
-    if any(map(study.is_study, folders)):
+    studies = any(map(study.is_study, folders))
+    if out or not studies:
+        places.require_picture(out or Path("comparison.png"))
+    if studies:
         require(len(folders) == 1, f"RUN is {len(folders)} folders, one of them a study; a study is plotted by itself")
         study.collect(folders[0], console, metric, out)
         return
     out = out or Path("comparison.png")
-    frames = {}
-    for folder in folders:
-        config = recording.read_config(folder)
-        label = f"{config['algorithm']} {folder.name}" if len(folders) > 1 else config["algorithm"]
+    configs, frames = [recording.read_config(folder) for folder in folders], {}
+    environments = sorted({config["options"]["env_id"] for config in configs})
+    for folder, config in zip(folders, configs, strict=True):
+        label = display_name(config["algorithm"]) + f" {folder.name}" * (len(folders) > 1)
+        label += f" on {config['options']['env_id']}" * (len(environments) > 1)
         if label in frames:
             label = str(folder)
         frames[label] = recording.read_metrics(folder)
-    environments = sorted({recording.read_config(folder)["options"]["env_id"] for folder in folders})
-    plotting.learning_curve(frames, out, title=", ".join(environments), metric=metric)
+    plotting.learning_curve(frames, out, title=" and ".join(environments), metric=metric)
+    if len(environments) > 1:
+        console.print(
+            f"warning: these runs are on {len(environments)} environments ({', '.join(environments)}), whose returns "
+            "do not compare", style="yellow", markup=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"wrote {out}")
 
 
 def _plot_distribution(parsed: argparse.Namespace, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import compile_cache, reporting
-    from jaxrl_dist.agent import require
+    from jaxrl_dist import compile_cache, places, reporting
 
     compile_cache.use("auto", console)
     require(len(parsed.runs) == 1, f"RUN is {len(parsed.runs)} folders; --distribution draws one")
     out = parsed.out or Path("distribution.png")
+    places.require_picture(out)
     reporting.plot_distribution(
         parsed.runs[0], find_algorithm, out, console,
         run_seed=parsed.run_seed, states=parsed.states, seed=parsed.seed,

@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import jax
 from packaging.requirements import Requirement
 
-from jaxrl_dist import compile_cache
+from jaxrl_dist import compile_cache, switches
+from jaxrl_dist.wording import counted
 
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 
@@ -75,6 +76,7 @@ def problems() -> list[str]:
         found = ["jaxrl-dist is not installed, so its bounds are unknown; `pip install -e .` in its folder"]
     if sys.platform == "win32":
         found.append(NO_WINDOWS)
+    found += switches.refused()
     used, failure = _platform_in_use()
     return found + ([failure] if used is None else _unused_accelerators(used))
 
@@ -90,13 +92,13 @@ def report() -> str:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "accelerators found": ", ".join(_accelerators().values()) or "none",
             "asked for": jax.config.jax_platforms or "nothing: JAX chooses",
-            "JAX uses": f"{used}, {len(devices)} device(s): {kinds}" if used else failure,
+            "JAX uses": f"{used}, {counted(len(devices), 'device')}: {kinds}" if used else failure,
             **{name: os.environ.get(name, "(not set)") for name in _VARIABLES},
         },
         "settings": {
             "matmul precision": jax.config.jax_default_matmul_precision
             or "default (full float32 on CPUs, less on TPUs and recent GPUs)",
-            "64-bit floats": "on" if jax.config.jax_enable_x64 else "off",
+            "64-bit floats": "on, but off while training" if jax.config.jax_enable_x64 else "off",
             "compile cache": _compile_cache(),
         },
     }
@@ -187,8 +189,8 @@ def _unused_accelerators(used: str) -> list[str]:
 def _advice(asked: str) -> str:
     if asked == "cpu":
         return "set JAX_PLATFORMS=cpu before starting"
-    extra = {"gpu": "cuda", "tpu": "tpu"}[asked]
-    return f"install JAX for it with `pip install -e '.[{extra}]'` and see `jaxrl-dist doctor`"
+    extra = {"gpu": "cuda13", "tpu": "tpu"}[asked]
+    return f"install JAX for it with `pip install 'jax[{extra}]=={jax.__version__}'` and see `jaxrl-dist doctor`"
 
 
 if __name__ == "__main__":

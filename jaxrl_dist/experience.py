@@ -80,24 +80,40 @@ def sample_batches(experience: Experience, key: jax.Array, batches: int, batch_s
 
 
 def sample_n_step(
-    experience: Experience, key: jax.Array, batch_size: int, *, num_steps: int, gamma: float | jax.Array
+    experience: Experience,
+    key: jax.Array,
+    batch_size: int,
+    *,
+    num_steps: int,
+    gamma: float | jax.Array,
+    reward_clip: float | jax.Array = 0.0,
 ) -> Batch:
     """`batch_at` for `batch_size` starts drawn uniformly with replacement among all stored steps."""
     indices = replay.sample_indices(experience.replay, key, batch_size)
-    return batch_at(experience, indices, num_steps=num_steps, gamma=gamma)
+    return batch_at(experience, indices, num_steps=num_steps, gamma=gamma, reward_clip=reward_clip)
 
 
-def batch_at(experience: Experience, indices: jax.Array, *, num_steps: int, gamma: float | jax.Array) -> Batch:
+def batch_at(
+    experience: Experience,
+    indices: jax.Array,
+    *,
+    num_steps: int,
+    gamma: float | jax.Array,
+    reward_clip: float | jax.Array = 0.0,
+) -> Batch:
     """The transitions over `num_steps` steps that start in the slots `[batch]`; observations normalised as in `sample`.
 
     A window is shorter where its episode ends, by termination or truncation, or where the newest stored step is
-    reached; the bootstrap always goes from the true successor of its last step, with gamma to the steps it has.
+    reached; the bootstrap always goes from the true successor of its last step, with gamma to the steps it has. Each
+    reward is cut to plus or minus `reward_clip` before they are summed, unless that is 0.
     """
+    bound = jnp.where(reward_clip > 0, reward_clip, jnp.inf)
     rows, num_envs = experience.replay.rows, experience.interaction.episode_return.shape[0]
 
     def read(start: jax.Array) -> Batch:
         slots, available = replay.window_indices(experience.replay, start, num_steps, num_envs)
-        window = returns.n_step(rows.reward[slots], rows.terminated[slots], rows.truncated[slots], available, gamma)
+        reward = jnp.clip(rows.reward[slots], -bound, bound)
+        window = returns.n_step(reward, rows.terminated[slots], rows.truncated[slots], available, gamma)
         last = jnp.take_along_axis(slots, window.steps[None] - 1, axis=0)[0]
         return Batch(
             rows.observation[start], rows.action[start], window.reward, window.discount, rows.next_observation[last]

@@ -35,9 +35,7 @@ def make(env_id: str) -> Any:
     try:
         import gymnasium
     except ImportError:
-        raise ConfigurationError(
-            'evaluating in Gymnasium needs the package gymnasium: pip install "jaxrl-dist[gymnasium]"'
-        ) from None
+        raise ConfigurationError("evaluating in Gymnasium needs the package gymnasium: pip install gymnasium") from None
     try:
         environment = gymnasium.make(env_id)
     except (gymnasium.error.Error, ImportError) as error:  # an unknown id, or one whose own packages are missing
@@ -91,11 +89,9 @@ def _require_fit(path: Path, environment: Any) -> None:
     from gymnasium import spaces
 
     space, env_id = environment.action_space, environment.spec.id
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in ("num_actions", "action_low", "action_high") if name in file.files}
-    require(bool(arrays), f"RUN is {path}, which holds no policy")
+    arrays, policy = portable.load_arrays(path), portable.load_policy(path)
     try:
-        action = portable.load_policy(path)(np.stack([environment.reset(seed=0)[0]]))[0]
+        action = policy(np.stack([environment.reset(seed=0)[0]]))[0]
     except (ValueError, TypeError):  # a matrix product of the wrong size; no array at all
         observed = environment.observation_space
         raise ConfigurationError(
@@ -161,14 +157,17 @@ class Comparison(NamedTuple):
 
 def evaluate_run(folder: Path, *, episodes: int, seed: int) -> Comparison:
     """Play the policies that a finished run saved in Gymnasium's environment of the same name."""
-    saved = recording.read_config(folder)
+    saved = recording.read_config(folder, {"options.seed": int, "options.num_seeds": int, "options.env_options": list})
     options = saved["options"]
+    require(options["num_seeds"] >= 1, f"{folder / 'config.json'}: options.num_seeds is {options['num_seeds']}")
     require(not saved.get("configurations"), f"RUN is {folder}, a wave of a study; give one of its policies instead")
     seeds = list(range(options["seed"], options["seed"] + options["num_seeds"]))
     paths = [folder / "policies" / f"seed_{number}.npz" for number in seeds]
     require(paths[-1].is_file(), f"RUN is {folder}, which holds no policies yet: a run saves them when it ends")
     records = recording.read_evaluations(folder)
     last = records[records.env_steps == records.env_steps.max()]
+    missing = sorted({*seeds} - {*last.seed})
+    require(not missing, f"{folder / 'evaluations.csv'} lacks seeds {missing} at its last evaluation")
     return Comparison(
         options["env_id"], seeds,
         [evaluate_policy(path, options["env_id"], episodes=episodes, seed=seed) for path in paths],
@@ -192,11 +191,12 @@ def print_run(folder: Path, console: Console, *, episodes: int, seed: int) -> No
         "seed", "Gymnasium", "our last evaluation", "difference", "95 % interval",
         title=f"mean returns of {episodes} and of {len(found.recorded[0])} episodes",
     )  # fmt: skip
-    rows = {str(number): slice(i, i + 1) for i, number in enumerate(found.seeds)}
-    if len(rows) > 1:
-        rows["all"] = slice(None)
+    rows = {str(number): [i] for i, number in enumerate(found.seeds)}
+    finite = [i for i, returns in enumerate(found.recorded) if np.isfinite(returns).all()]
+    if len(rows) > 1 and finite:
+        rows["all" if len(finite) == len(rows) else f"{len(finite)} finite"] = finite
     for name, chosen in rows.items():
-        theirs, ours = found.gymnasium[chosen], found.recorded[chosen]
+        theirs, ours = ([returns[i] for i in chosen] for returns in (found.gymnasium, found.recorded))
         means = (np.mean([x.mean() for x in returns]) for returns in (theirs, ours))
         difference, low, high = difference_of_means(theirs, ours)
         table.add_row(name, *(f"{x:.1f}" for x in means), f"{difference:+.1f}", f"[{low:+.1f}, {high:+.1f}]")

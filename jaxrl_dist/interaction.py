@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrl_dist.devices import split_rows
 from jaxrl_dist.keys import is_key
+from jaxrl_dist.spaces import spaces_of
 
 
 class Transition(NamedTuple):
@@ -27,12 +28,14 @@ class Transition(NamedTuple):
 
 
 class Interaction(NamedTuple):
-    """A batch of environments in mid-episode: their states, what the agent sees, and the episodes' sums so far."""
+    """A batch of environments in mid-episode: their states, what the agent sees, the episodes' sums so far, and the
+    largest |reward| that each has given: learned values can be held against what rewards and discount allow."""
 
     environment: Any
     observation: jax.Array
     episode_return: jax.Array
     episode_length: jax.Array
+    largest_reward: jax.Array
 
 
 class Average(NamedTuple):
@@ -53,7 +56,8 @@ def start(env, env_params, key: jax.Array, num_envs: int) -> Interaction:
     """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`."""
     observation, environment = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
     environment, observation = split_rows(strengthen((environment, observation)))
-    return Interaction(environment, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32))
+    sums = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs)
+    return Interaction(environment, observation, *sums)
 
 
 def step(
@@ -83,14 +87,15 @@ def step(
     episode_length = interaction.episode_length + 1
     metrics = {"episode_return": average(episode_return, done), "episode_length": average(episode_length, done)}
     following = Interaction(
-        environment, observation, jnp.where(done, 0, episode_return), jnp.where(done, 0, episode_length)
-    )
+        environment, observation, jnp.where(done, 0, episode_return), jnp.where(done, 0, episode_length),
+        jnp.maximum(interaction.largest_reward, jnp.abs(reward)),
+    )  # fmt: skip
     return following, transition, metrics
 
 
 def random_action(env, env_params, key: jax.Array, num_envs: int) -> jax.Array:
     """One uniform random action per environment, `[num_envs, *action]`."""
-    return jax.vmap(env.action_space(env_params).sample)(jax.random.split(key, num_envs))
+    return jax.vmap(spaces_of(env, env_params)[0].sample)(jax.random.split(key, num_envs))
 
 
 def transition_like(env, env_params) -> Transition:
@@ -99,7 +104,7 @@ def transition_like(env, env_params) -> Transition:
     def one(key):
         reset_key, action_key, step_key = jax.random.split(key, 3)
         interaction = start(env, env_params, reset_key, 1)
-        action = env.action_space(env_params).sample(action_key)[None]
+        action = random_action(env, env_params, action_key, 1)
         return step(env, env_params, interaction, action, step_key)[1]
 
     batched = jax.eval_shape(one, jax.random.key(0))

@@ -104,11 +104,28 @@ def load_policy(path: Path | str) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a saved file, deterministic: observation -> action, both with any leading batch axis.
 
     Continuous actions are in the environment's units; of a choice of actions the index is returned, for observations
-    `[batch, *observation]`. Raises ValueError for a file with pickled objects, which would execute when they are read.
+    `[batch, *observation]`. Errors as `load_arrays`.
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = load_arrays(path)
     return _greedy(arrays) if "num_actions" in arrays else _squashed(arrays)
+
+
+def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of a saved policy, by which `load_policy` acts.
+
+    Raises ValueError, naming the file and the array, where it is missing, no `.npz` file, cut, or where arrays are
+    missing, do not fit together, or hold anything but finite numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # zip, zlib and numpy have many ways to say that bytes are missing or changed
+        raise ValueError(f"{path} is no .npz file, or damaged: {error}") from error
+    _check(path, arrays)
+    return arrays
 
 
 def export_program(
@@ -140,6 +157,80 @@ def export_program(
     batch = export.symbolic_shape("batch")
     like = jax.ShapeDtypeStruct((*batch, *observation.shape), observation.dtype)
     return bytes(export.export(jax.jit(policy), platforms=PLATFORMS)(like).serialize())
+
+
+def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """ValueError for the first thing that keeps `_greedy` or `_squashed` from acting by these arrays."""
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{path} {what}")
+
+    def shape(name: str, *expected: int | None) -> tuple[int, ...]:
+        """The shape of an array that must be there; None stands for any size."""
+        need(name in arrays, f"has no array {name!r}")
+        found = arrays[name].shape
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        fits = len(found) == len(expected) and all(b in (None, a) for a, b in zip(found, expected, strict=True))
+        need(fits, f"holds {name!r} of shape {found}; it must be [{sizes}]")
+        return found
+
+    def outputs(prefix: str, inputs: int | None = None) -> int | None:
+        """Units of a perceptron's last layer, whose first one has `inputs`; `inputs` where it has no layers."""
+        numbers = [int(name.rpartition("_")[2]) for name in arrays if name.startswith(f"{prefix}kernel_")]
+        for i in range(1 + max(numbers, default=-1)):
+            inputs = shape(f"{prefix}kernel_{i}", inputs, None)[1]
+            shape(f"{prefix}bias_{i}", inputs)
+            if f"{prefix}norm_scale_{i}" in arrays or f"{prefix}norm_bias_{i}" in arrays:
+                shape(f"{prefix}norm_scale_{i}", inputs)
+                shape(f"{prefix}norm_bias_{i}", inputs)
+        return inputs
+
+    for name, known in (("activation", ACTIVATIONS), ("utility", UTILITIES)):
+        if name in arrays:
+            need(
+                str(arrays[name]) in known, f"holds {name} {str(arrays[name])!r}; it must be one of {', '.join(known)}"
+            )
+    for name, array in arrays.items():
+        if name not in ("activation", "utility"):
+            need(array.dtype.kind in "fiu", f"holds {name!r} of type {array.dtype}; it must be numbers")
+            broken = int((~np.isfinite(array)).sum())
+            need(broken == 0, f"holds {name!r}, of which {broken} of {array.size} numbers are not finite")
+    need("num_actions" in arrays or "action_low" in arrays, "holds no policy: neither num_actions nor action_low")
+    if "num_actions" not in arrays:
+        size = outputs("", shape("kernel_0", None, None)[0])
+        for name in ("action_low", "action_high"):
+            shape(name, *([size] if arrays.get(name, np.zeros(1)).ndim else []))
+        if "observation_mean" in arrays or "observation_variance" in arrays:
+            inputs = len(arrays["kernel_0"])
+            shape("observation_mean", inputs)
+            shape("observation_variance", inputs)
+            need((arrays["observation_variance"] >= 0).all(), "holds a negative number in 'observation_variance'")
+        return
+    shape("num_actions")
+    actions = int(arrays["num_actions"])
+    need(actions >= 1, f"holds 'num_actions' {actions}; it must be at least 1")
+    if "convolution_kernel" in arrays or "convolution_bias" in arrays:
+        shape("convolution_bias", shape("convolution_kernel", None, None, None, None)[3])
+    for name, sizes in (("risk_table", [None]), ("variance_penalty", []), ("stock_scale", [])):
+        if name in arrays or (name == "stock_scale" and "utility" in arrays):
+            shape(name, *sizes)
+    features = outputs("torso_")
+    shape("advantage_kernel_0", None, None)
+    if any(name.startswith("embedding_") for name in arrays):
+        features = outputs("embedding_", shape("embedding_kernel_0", None, None)[0])
+        need(outputs("advantage_", features) == actions, f"has not {actions} outputs, one for each action")
+        if any(name.startswith("proposal_") for name in arrays):
+            outputs("proposal_", features)
+        else:
+            shape("fractions", None)
+        return
+    size = outputs("advantage_", features)
+    need(size % actions == 0, f"has {size} outputs, which do not divide into {actions} actions")
+    if any(name.startswith("value_") for name in arrays):
+        need(outputs("value_", features) == size // actions, f"has not {size // actions} outputs of the value")
+    if "support" in arrays:
+        shape("support", size // actions)
 
 
 def _squashed(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -185,7 +276,9 @@ def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarr
         if "value_kernel_0" in arrays:
             outputs = _perceptron(arrays, "value_", features)[:, None] + outputs - outputs.mean(1, keepdims=True)
         if "utility" in arrays:
-            return UTILITIES[str(arrays["utility"])](stock[..., None] + outputs).mean(-1).argmax(-1)
+            values = UTILITIES[str(arrays["utility"])](stock[..., None] + outputs).mean(-1)
+            tied = values >= values.max(-1, keepdims=True) - 1e-5  # as `envs.stock.preferences`
+            return np.where(tied, outputs.mean(-1), -np.inf).argmax(-1)
         return _value(arrays, outputs, masses).argmax(-1)
 
     return policy

@@ -3,14 +3,29 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import doctor, evaluation, interaction, training
-from jaxrl_dist.agent import Count, Natural, check_configuration, option, require
+from jaxrl_dist import doctor, evaluation, interaction, switches, training
+from jaxrl_dist.agent import (
+    LARGEST,
+    Agent,
+    ConfigurationError,
+    Count,
+    Natural,
+    Range,
+    Seed,
+    check_configuration,
+    option,
+    require,
+)
+from jaxrl_dist.spaces import bounds_of, kind_of
+
+# The host keeps a row of every run for every evaluation.
+MOST_RUNS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +38,11 @@ class RunOptions:
     """settings of the environment as name=value, such as backend=mjx or max_steps_in_episode=500"""
     preset: str = "auto"
     """named defaults of the algorithm: auto (those for the environment, if any), none, or a name"""
-    total_steps: Count = 20_000
-    """environment steps of every seed, warm-up included"""
-    seed: Natural = 0
+    total_steps: Natural = 0
+    """environment steps of every seed, warm-up included; 0: 20,000, or twice the warm-up where that is more"""
+    seed: Seed = 0
     """first seed; run i has seed + i and draws the same random numbers whatever the other seeds are"""
-    num_seeds: Count = 4
+    num_seeds: Annotated[int, Range(1, MOST_RUNS)] = 4
     """runs with different seeds, trained together in one program"""
 
     probe_support: Literal["off", "rewards", "returns"] = "off"
@@ -52,7 +67,13 @@ class RunOptions:
     checkpoint_keep: Count = 2
     """newest checkpoints kept"""
     resume: str = ""
-    """continue the run called --name: `latest` checkpoint, `auto` (the newest intact one), or an iteration number"""
+    """continue the run called --name: `latest` checkpoint, `auto` (the newest intact one), or an iteration number; with
+    a larger --total-steps it is trained longer"""
+    damaged_records: Literal["refuse", "keep"] = "refuse"
+    """at a resume, where metrics.csv or evaluations.csv are not what was written: refuse, or keep what can be read"""
+    on_divergence: Literal["freeze", "stop"] = "freeze"
+    """when a metric of a run becomes NaN or infinite: freeze that run at its last finite learner and go on with the
+    others, or stop all"""
 
     name: str = ""
     """name of the run's folder; the date and time if empty"""
@@ -74,6 +95,9 @@ class RunOptions:
     """with --distributed HOST:PORT: how many processes there are"""
     process_id: int = -1
     """with --distributed HOST:PORT: number of this process, from 0"""
+    memory: Literal["check", "ignore"] = "check"
+    """check: refuse a run whose predicted memory is more than there is, or whose checkpoints are more than the disk
+    takes; ignore: try it all the same"""
     runs_mode: training.RunsMode = "auto"
     """how the seeds of one device run: vmap (together) or map (one after another, bit for bit as if alone)"""
     plots: bool = True
@@ -93,6 +117,12 @@ def split_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     )
 
 
+def with_total_steps(options: RunOptions, *configs: Any) -> RunOptions:
+    """The options with the `total_steps` that 0 stands for, the same for all `configs`: an agent has to learn too."""
+    longest_warmup = max(config.warmup_steps for config in configs)
+    return dataclasses.replace(options, total_steps=options.total_steps or max(20_000, 2 * longest_warmup))
+
+
 class Problem(NamedTuple):
     """An algorithm on an environment, checked, with the configuration that will really run.
 
@@ -108,33 +138,91 @@ class Problem(NamedTuple):
     options: RunOptions
     configurations: tuple[int, ...] = ()
 
+    def fitted(self, total_steps: int) -> "Problem":
+        """The same problem, whose agents have no more room in their replay than `total_steps` environment steps fill.
+
+        A ring that never wraps holds the same rows at any larger size. `config` stays what was asked for, so that it is
+        what is recorded and compared.
+        """
+        as_written = getattr(self.make_agent, "as_written", self.make_agent)
+
+        def make_agent(config, env, env_params):
+            return as_written(_without_spare_room(config, total_steps), env, env_params)
+
+        make_agent.as_written = as_written
+        return self._replace(make_agent=make_agent)
+
+
+def _without_spare_room(config: Any, total_steps: int) -> Any:
+    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
+    per_iteration = config.num_envs * getattr(config, "steps_per_iteration", 1)
+    needed = warmup_steps + max(0, -(-(total_steps - warmup_steps) // per_iteration)) * per_iteration
+    return config if config.replay_capacity <= needed else dataclasses.replace(config, replay_capacity=needed)
+
 
 def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptions) -> Problem:
     """Check every setting before anything compiles; raises ConfigurationError (or ValueError) with one clear line."""
-    from jaxrl_dist import envs  # the toolkit knows the environments by name only
-
     check_configuration(options)
     check_configuration(config)
+    options = with_total_steps(options, config)
     doctor.require_platform(options.device)
+    switches.settle()
     device_count(options)
-    env, env_params = envs.make(options.env_id, **_parse_env_options(options.env_options))
-    if config.replay_capacity > options.total_steps:
-        # A ring that never wraps holds the same rows at any larger size.
-        config = dataclasses.replace(config, replay_capacity=max(options.total_steps, config.warmup_steps))
+    env, env_params = _make_env(options)
     if options.probe_support != "off":
         config = _with_probed_support(config, options)
     if options.data_parallel:
         _check_data_parallel(config, device_count(options))
-    agent = make_agent(config, env, env_params)
-    training.iterations_for(agent, options.total_steps)
-    evaluation.episode_limit(env_params, options.eval_max_steps)
+    problem = Problem(algorithm, make_agent, config, env, env_params, options).fitted(options.total_steps)
+    agent = problem.make_agent(config, env, env_params)
+    _check_counters(agent, options, evaluation.episode_limit(env_params, options.eval_max_steps))
     if options.resume:
         require(
             options.resume in ("latest", "auto") or options.resume.isdecimal(),
             f"--resume is {options.resume!r}; it must be 'latest', 'auto' or an iteration number",
         )
         require(options.name != "", "--resume needs --name, the run to continue")
-    return Problem(algorithm, make_agent, config, env, env_params, options)
+    return problem
+
+
+def _make_env(options: RunOptions) -> tuple[Any, Any]:
+    from jaxrl_dist import envs  # the toolkit knows the environments by name only
+
+    env_options = _parse_env_options(options.env_options)
+    try:
+        return envs.make(options.env_id, **env_options)
+    except Exception as error:  # whatever an environment's own code makes of an odd value
+        if isinstance(error, OSError) or not (env_options or isinstance(error, ValueError)):
+            raise
+        given = " ".join(["--env-id", options.env_id, *["--env-options"][: len(env_options)], *options.env_options])
+        raise ConfigurationError(f"{given}: {str(error) or type(error).__name__}") from error
+
+
+def _check_counters(agent: Agent, options: RunOptions, episode_limit: int) -> None:
+    """Refuse what would overflow a counter on the device, or wrap around to another seed."""
+    last_seed = options.seed + options.num_seeds - 1
+    require(
+        last_seed < 2**32,
+        f"--seed is {options.seed} and --num-seeds {options.num_seeds}, so the last seed is {last_seed}; it must be "
+        "below 2^32, where JAX would begin again at 0",
+    )
+    iterations = training.iterations_for(agent, options.total_steps)
+    env_steps = agent.warmup_steps + iterations * agent.steps_per_iteration
+    updates = iterations * agent.updates_per_iteration
+    require(
+        env_steps <= LARGEST,
+        f"--total-steps is {options.total_steps}, {env_steps} in whole iterations; at most {LARGEST} can be counted",
+    )
+    require(
+        updates <= LARGEST,
+        f"--updates-per-iteration is {agent.updates_per_iteration}, {updates} updates in all; at most {LARGEST} can be "
+        "counted",
+    )
+    require(
+        evaluation.spread(episode_limit, options.eval_states) * options.eval_states <= LARGEST,
+        f"--eval-states is {options.eval_states}; with episodes of up to {episode_limit} steps the product of both "
+        f"must be at most {4 * LARGEST}",
+    )
 
 
 def device_count(options: RunOptions) -> int:
@@ -201,7 +289,7 @@ def _random_rewards(env_id: str, env_options: tuple[str, ...], seed: int) -> tup
     from jaxrl_dist import envs
 
     env, env_params = envs.make(env_id, **_parse_env_options(env_options))
-    return tuple(map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, seed)))
+    return tuple(map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, np.uint32(seed))))
 
 
 def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 32):
@@ -218,14 +306,23 @@ def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 3
 
 
 def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
     for pair in pairs:
-        require("=" in pair, f"--env-options has {pair!r}; each one must be name=value")
-    return dict(pair.split("=", 1) for pair in pairs)
+        name, equals, value = pair.partition("=")
+        require(bool(name and equals), f"--env-options has {pair!r}; each one must be name=value")
+        require(name not in found, f"--env-options gives {name} twice; give it once")
+        try:
+            number = float(value)
+        except ValueError:  # a name
+            number = 0.0
+        require(
+            abs(number) <= LARGEST, f"--env-options has {pair!r}; a number must be finite and at most {LARGEST} in size"
+        )
+        found[name] = value
+    return found
 
 
 def action_bounds(env, env_params) -> tuple[np.ndarray, ...]:
     """The environment's own action bounds (low, high), behind the rescaling of `envs.make`; () for discrete actions."""
     space = (env.env if hasattr(env, "inner_action") else env).action_space(env_params)
-    if hasattr(space, "n"):
-        return ()
-    return np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+    return bounds_of(space) if kind_of(space) == "continuous" else ()

@@ -2,22 +2,20 @@
 
 `metrics.csv` has a row per log point and seed, `evaluations.csv` a row per evaluation episode; in a wave of a sweep
 both also have the number of the configuration. Both only ever grow, a whole line at a time, so a killed run loses no
-more than the line it was writing.
+more than the line it was writing. A checkpoint holds their seal (`Recorder.seal`), and a run that goes on from it
+checks them first (`check_records`), so that no row is lost or changed unsaid.
 """
 
-import csv
 import dataclasses
 import importlib.metadata
-import io
 import itertools
 import json
-import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,24 @@ import jax
 import numpy as np
 import pandas as pd
 
+from jaxrl_dist import switches, tables
+
 POSITION_COLUMNS = ("iteration", "env_steps", "updates", "seconds", "configuration", "seed")
-EVALUATION_COLUMNS = ("env_steps", "configuration", "seed", "episode", "episode_return", "episode_length")
+EVALUATION_COLUMNS = (
+    "iteration", "env_steps", "updates", "configuration", "seed", "episode", "episode_return", "episode_length",
+)  # fmt: skip
+EPISODE_COLUMNS = ("env_steps", "seed", "episode", "episode_return")  # what every reader of evaluations needs
+TABLES = ("metrics.csv", "evaluations.csv")
+WANDB_IDENTITY = "wandb_id.txt"  # a resumed run goes on as the same run
+# What every reader of `config.json` needs.
+CONFIG_FIELDS = {"algorithm": str, "config": dict, "options": dict, "options.env_id": str}
 
 
 class Recorder:
     """Writes one run folder: `config.json`, `metrics.csv`, `evaluations.csv`, and on request TensorBoard and wandb.
 
-    folder: made when absent; one that holds records already is continued (call `truncate_after` with the step of the
-    checkpoint first). tensorboard: event files under `folder/tensorboard`. wandb_project: non-empty sends to that
+    folder: made when absent; one that holds records already is continued (call `truncate_after` with the iteration of
+    the checkpoint first). tensorboard: event files under `folder/tensorboard`. wandb_project: non-empty sends to that
     project. Both get one tag per seed, `seed_0/evaluation_return` (in sweeps `configuration_3/seed_0/...`), against env
     steps. Raises ValueError when a package
     that was asked for is missing.
@@ -45,13 +52,13 @@ class Recorder:
         self._tensorboard = _import_extra("tensorboardX", extra="tensorboard") if tensorboard else None
         self._wandb = _import_extra("wandb", extra="wandb") if wandb_project else None
         self._wandb_project = wandb_project
+        self._wandb_id = _wandb_identity(self.folder) if wandb_project else None
         # Both start with the first record, when the configuration and the step resumed from are known.
         self._tensorboard_writer = None
         self._wandb_run = None
         self._resumed_from: int | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = _Table(self.folder / "metrics.csv")
-        self._evaluations = _Table(self.folder / "evaluations.csv")
+        self._metrics, self._evaluations = self._tables = [tables.Table(self.folder / name) for name in TABLES]
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.json`, in the order given: fields stay where their dataclass declares them."""
@@ -61,7 +68,8 @@ class Recorder:
         """Append rows (one per log point and seed) to `metrics.csv`.
 
         Every row needs `env_steps` and `seed`; a value is a number or a zero-dimensional array, or None (or left out)
-        where there is none. The first call fixes the columns; ValueError names one that turns up later.
+        where there is none; in `tables.TEXT_COLUMNS` it is a word. The first call fixes the columns; ValueError names
+        one that turns up later.
         """
         self._metrics.append(rows, first=POSITION_COLUMNS)
         if self._tensorboard or self._wandb:
@@ -71,10 +79,18 @@ class Recorder:
         """Append rows (one per evaluation episode) to `evaluations.csv`."""
         self._evaluations.append(rows, first=EVALUATION_COLUMNS)
 
-    def truncate_after(self, env_steps: int) -> None:
-        """Drop all records beyond `env_steps`, so that a run resumed there writes them again and just once."""
-        self._metrics.truncate_after(env_steps)
-        self._evaluations.truncate_after(env_steps)
+    def seal(self) -> dict[str, Any]:
+        """What `check_records` needs to see any later change of the tables; made for JSON, at most some 40 kB."""
+        return {table.path.name: table.seal() for table in self._tables}
+
+    def truncate_after(self, iteration: int, env_steps: int, seal: Mapping[str, Any] | None = None) -> None:
+        """Drop all records beyond an iteration, so that a run resumed there writes them again and just once; -1: all.
+
+        env_steps: those of the iteration. seal: that of the checkpoint, where `check_records` found the tables intact;
+        without one, rows that cannot be read are dropped too, with a warning that says how many.
+        """
+        for table in self._tables:
+            table.cut(iteration, env_steps, (seal or {}).get(table.path.name))
         self._resumed_from = env_steps
 
     def close(self) -> None:
@@ -95,16 +111,16 @@ class Recorder:
                 str(self.folder / "tensorboard"), purge_step=purge_step, filename_suffix=f".{uuid.uuid4().hex}"
             )
         if self._wandb and not self._wandb_run:
-            identity = self.folder / "wandb_id.txt"  # a resumed run goes on as the same run
-            if not identity.exists():
-                _replace(identity, uuid.uuid4().hex)
+            if not self._wandb_id:
+                self._wandb_id = uuid.uuid4().hex
+                tables.replace(self.folder / WANDB_IDENTITY, self._wandb_id.encode())
             self._wandb_run = self._wandb.init(
                 project=self._wandb_project,
                 name=self.folder.name,
-                id=identity.read_text(),
+                id=self._wandb_id,
                 resume="allow",
                 dir=str(self.folder),
-                config=read_config(self.folder) if (self.folder / "config.json").exists() else None,
+                config=read_json(self.folder / "config.json") if (self.folder / "config.json").exists() else None,
             )
         step_of = lambda row: int(row["env_steps"])  # noqa: E731
         for env_steps, group in itertools.groupby(sorted(rows, key=step_of), key=step_of):  # wandb never goes back
@@ -112,7 +128,7 @@ class Recorder:
                 f"{run_name(row, '/')}/{column}": float(value)
                 for row in group
                 for column, value in row.items()
-                if column not in ("env_steps", "configuration", "seed") and value is not None
+                if column not in ("env_steps", "configuration", "seed", *tables.TEXT_COLUMNS) and value is not None
             }
             if self._tensorboard_writer:
                 for tag, value in scalars.items():
@@ -122,9 +138,56 @@ class Recorder:
                 self._wandb_run.log(scalars, step=env_steps)
 
 
+def require_packages(*, tensorboard: bool, wandb_project: str) -> None:
+    """Raise ValueError where a package that recording needs is missing; before anything is written."""
+    if tensorboard:
+        _import_extra("tensorboardX", extra="tensorboard")
+    if wandb_project:
+        _import_extra("wandb", extra="wandb")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as a whole or not at all; arrays, paths and dataclasses become lists, strings and objects."""
-    _replace(path, json.dumps(value, indent=2, default=_as_json, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, default=_as_json, ensure_ascii=False) + "\n"
+    tables.replace(path, text.encode())
+
+
+def read_json(path: Path, fields: Mapping[str, type] | None = None) -> Any:
+    """A JSON record; `fields`: those that it must have, and their types. `options.seed` is a field of a field.
+
+    Raises ValueError, naming the file and what is wrong, where it is missing, empty, cut, not UTF-8, or lacks a field.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    data = path.read_bytes()
+    if not data.strip():
+        raise ValueError(f"{path} is empty")
+    try:
+        found = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: no complete JSON ({error})") from error
+    for name, kind in (fields or {}).items():
+        value, parts = found, name.split(".")
+        for index, part in enumerate(parts):
+            if not isinstance(value, dict):
+                where = ".".join(parts[:index]) or "the whole"
+                raise ValueError(f"{path}: {where} is {_shown(value)}; it must be an object")
+            if part not in value:
+                raise ValueError(f"{path} has no field {name!r}")
+            value = value[part]
+        if type(value) is not kind:
+            raise ValueError(f"{path}: {name} is {_shown(value)}; it must be {_KINDS[kind]}")
+    return found
+
+
+_KINDS = {str: "a text", int: "a whole number", dict: "an object", list: "a list"}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 class NoRecorder:
@@ -139,33 +202,76 @@ class NoRecorder:
     def append_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
-    def truncate_after(self, env_steps: int) -> None:
+    def seal(self) -> dict[str, Any]:
+        return {}
+
+    def truncate_after(self, iteration: int, env_steps: int, seal: Mapping[str, Any] | None = None) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def read_metrics(folder: Path) -> pd.DataFrame:
-    """`metrics.csv` of a run folder, one row per (log point, seed), empty values as NaN.
+def seal_of(folder: Path) -> dict[str, Any]:
+    """The seal of a run's tables as they are on the disk; nobody may be writing to them."""
+    return {name: tables.Table(Path(folder) / name).seal() for name in TABLES}
 
-    An incomplete last line (a killed run) is left out with a warning. Raises ValueError when folder or file is missing.
+
+def check_records(folder: Path, seal: Mapping[str, Any], evaluated_at: int) -> None:
+    """Compare the tables of a run with the seal of a checkpoint; ValueError names path and row, and what is wrong.
+
+    Rows after the sealed ones may be there: `Recorder.truncate_after` drops them. seal: empty for checkpoints written
+    before there were seals; then both tables must be readable and have rows at `evaluated_at`, the env steps of the
+    last evaluation before the checkpoint.
     """
-    return _read_table(Path(folder), "metrics.csv")
+    for name in TABLES:
+        path = Path(folder) / name
+        if seal:
+            if seal.get(name):
+                tables.check(path, seal[name])
+        elif not path.is_file():
+            raise ValueError(f"{path} does not exist, but it was written to before the checkpoint")
+        elif not (tables.read(path).env_steps == evaluated_at).any():
+            raise ValueError(f"{path} has no row at env step {evaluated_at}, the last evaluation before the checkpoint")
+
+
+def read_metrics(folder: Path, *needs: str) -> pd.DataFrame:
+    """`metrics.csv` of a run folder, one row per (log point, seed), empty values as NaN; `needs`: more columns.
+
+    An incomplete last line (a killed run) is left out with a warning. Raises ValueError when folder or file is missing,
+    and as `tables.read` where it is damaged.
+    """
+    return tables.read(_existing(Path(folder), "metrics.csv"), ("env_steps", "seed", *needs))
 
 
 def read_evaluations(folder: Path) -> pd.DataFrame:
     """`evaluations.csv` of a run folder, one row per evaluation episode; errors and warnings as `read_metrics`."""
-    return _read_table(Path(folder), "evaluations.csv")
+    return tables.read(_existing(Path(folder), "evaluations.csv"), EPISODE_COLUMNS)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a run folder. Raises ValueError when the folder or the file is missing."""
-    return json.loads(_existing(Path(folder), "config.json").read_text(encoding="utf-8"))
+def divergences(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `read_metrics` that diverged, a row each: (configuration,) seed, iteration, env_steps, metric.
+
+    env_steps are those of the iteration, between log points by interpolation. No rows where nobody diverged, and for
+    tables without the columns, which are older than they.
+    """
+    lane = [column for column in ("configuration", "seed") if column in metrics]
+    if "diverged_at" not in metrics or metrics.diverged_at.isna().all():
+        return pd.DataFrame(columns=[*lane, "iteration", "env_steps", "metric"])
+    rows = metrics[metrics.diverged_at.notna()].drop_duplicates(lane)
+    known = metrics[["iteration", "env_steps"]].dropna().drop_duplicates("iteration").sort_values("iteration")
+    steps = np.interp(rows.diverged_at, known.iteration, known.env_steps)
+    found = rows[lane].assign(iteration=rows.diverged_at.astype(int), env_steps=steps.round().astype(int))
+    return found.assign(metric=rows.get("diverged_metric", "")).reset_index(drop=True)
+
+
+def read_config(folder: Path, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """`config.json` of a run folder, with `CONFIG_FIELDS` and `fields`; errors as `read_json`."""
+    return read_json(_existing(Path(folder), "config.json"), {**CONFIG_FIELDS, **(fields or {})})
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration: packages, device, matmul precision, git commit."""
+    """What the numbers of a run depend on besides its configuration: packages, device, JAX's switches, git commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "gymnax", "brax", "numpy")
     device = jax.devices()[0]
     return {
@@ -176,6 +282,7 @@ def versions() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        **switches.recorded(),
         "git_commit": _git_commit(Path(__file__).resolve().parents[1]),
     }
 
@@ -199,89 +306,12 @@ def run_name(row: Mapping[str, Any], between: str = "_") -> str:
     return f"configuration_{int(row['configuration'])}{between}{seed}" if "configuration" in row else seed
 
 
-class _Table:
-    """A CSV file that grows by whole lines; its columns are those of the first rows."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.columns: list[str] | None = None
-        if path.exists():
-            text = _complete_lines(path)
-            _replace(path, text)
-            self.columns = next(csv.reader(io.StringIO(text)), None)
-
-    def append(self, rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> None:
-        if not rows:
-            return
-        for row in rows:
-            for column in ("env_steps", "seed"):
-                if row.get(column) is None:
-                    raise ValueError(f"{self.path.name}: a row without {column!r}, which every row needs: {dict(row)}")
-        given = dict.fromkeys(column for row in rows for column in row)  # a set that keeps the order
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        columns = self.columns
-        if columns is None:
-            columns = [column for column in first if column in given]
-            columns += [column for column in given if column not in first]
-            writer.writerow(columns)
-        elif unseen := [column for column in given if column not in columns]:
-            raise ValueError(f"{self.path.name}: column {unseen[0]!r} was not in the first rows, which had {columns}")
-        for row in rows:
-            writer.writerow([_as_text(column, row.get(column)) for column in columns])
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
-        self.columns = columns
-
-    def truncate_after(self, env_steps: int) -> None:
-        if self.columns is None:
-            return
-        header, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        position = self.columns.index("env_steps")
-        kept = [line for line, row in zip(lines, csv.reader(lines), strict=True) if int(row[position]) <= env_steps]
-        _replace(self.path, "".join([header, *kept]))
-
-
-def _complete_lines(path: Path) -> str:
-    """The text up to the last line end: every line is written with its end, so what follows was cut off by a kill."""
-    text = path.read_bytes().decode("utf-8", errors="replace")  # a kill may also cut a character in two
-    end = text.rfind("\n") + 1
-    if end < len(text):
-        warnings.warn(f"{path}: dropped an incomplete last line, {text[end:]!r}", stacklevel=3)
-    return text[:end]
-
-
-def _read_table(folder: Path, name: str) -> pd.DataFrame:
-    text = _complete_lines(_existing(folder, name))
-    if not text:
-        raise ValueError(f"{folder / name} is empty: the run was stopped before its first record")
-    return pd.read_csv(io.StringIO(text))
-
-
 def _existing(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"run folder {folder} does not exist")
     if not (folder / name).is_file():
         raise ValueError(f"{folder / name} does not exist: no run folder, or a run that has not written it yet")
     return folder / name
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
-
-
-def _as_text(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    value = np.asarray(value)
-    if value.ndim:
-        raise ValueError(f"column {column!r} has a value of shape {value.shape}, but a cell holds one number")
-    return str(value[()])  # the shortest text that reads back as the same float32 or float64
 
 
 def _as_json(value: Any) -> Any:
@@ -294,12 +324,22 @@ def _as_json(value: Any) -> Any:
     raise ValueError(f"config holds {value!r} of type {type(value).__name__}, which JSON cannot express")
 
 
+def _wandb_identity(folder: Path) -> str | None:
+    """Which run of weights & biases this one is, or None if it has not begun there."""
+    path = folder / WANDB_IDENTITY
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{32}", data.strip()):
+        raise ValueError(f"{path} is {data[:40]!r}; it must be 32 hexadecimal digits (without it a new run begins)")
+    return data.decode().strip()
+
+
 def _import_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        message = f'recording to {extra} needs the package {module}: pip install "jaxrl-dist[{extra}]"'
-        raise ValueError(message) from error
+        raise ValueError(f"recording to {extra} needs the package {module}: pip install {module}") from error
 
 
 def _git_commit(root: Path) -> str | None:

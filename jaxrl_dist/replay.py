@@ -107,10 +107,14 @@ class Priorities(NamedTuple):
 def equal_priorities(replay: Replay) -> Priorities:
     """Priority 1 for every written slot and 0, never drawn, for the others."""
     leaves = 1 << (_capacity(replay) - 1).bit_length()
-    levels = [(jnp.arange(leaves) < replay.size).astype(jnp.float32)]
+    return Priorities(_tree_over((jnp.arange(leaves) < replay.size).astype(jnp.float32)), jnp.float32(1))
+
+
+def _tree_over(leaves: jax.Array) -> jax.Array:
+    levels = [leaves]
     while levels[-1].shape[0] > 1:
         levels.append(levels[-1].reshape(-1, 2).sum(1))
-    return Priorities(jnp.concatenate([jnp.zeros(1), *reversed(levels)]), jnp.float32(1))
+    return jnp.concatenate([jnp.zeros(1), *reversed(levels)])
 
 
 def sample_by_priority(priorities: Priorities, key: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -158,6 +162,21 @@ def set_priorities(priorities: Priorities, indices: jax.Array, values: jax.Array
     tree = priorities.tree.at[node].set(values)
     _, tree = jax.lax.fori_loop(0, leaves.bit_length() - 1, up, (node, tree))
     return Priorities(tree, jnp.maximum(priorities.largest, values.max()))
+
+
+def grow(replay: Replay, capacity: int) -> Replay:
+    """The same rows in a larger buffer, as if it had been that large from the start; `replay` has never wrapped."""
+    more = capacity - _capacity(replay)
+    if more < 0:
+        raise ValueError(f"capacity is {capacity}; it must be at least the {_capacity(replay)} there are")
+    rows = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), replay.rows)
+    return Replay(rows, replay.size % capacity, replay.size)
+
+
+def grow_priorities(priorities: Priorities, nodes: int) -> Priorities:
+    """The same priorities over more slots: a tree of `nodes` nodes, `[2 * leaves]`; new slots have priority 0."""
+    leaves = priorities.tree.shape[0] // 2
+    return Priorities(_tree_over(jnp.pad(priorities.tree[leaves:], (0, nodes // 2 - leaves))), priorities.largest)
 
 
 def importance_weights(probabilities: jax.Array, size: int | jax.Array, exponent: float | jax.Array) -> jax.Array:

@@ -18,22 +18,23 @@ evaluations, schedules and sizes are those of the whole budget. Each rung compil
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import hosts, plotting, problem, recording, runner, sweeps, training
+from jaxrl_dist import hosts, memory, plotting, problem, recording, resuming, runner, sweeps, training
 from jaxrl_dist.agent import require
+from jaxrl_dist.catalog import display_name
+from jaxrl_dist.wording import counted
 
-# Of the free memory; a compiled program also needs room for its temporaries.
-MEMORY_TO_FILL = 0.5
+# Of the available memory.
+MEMORY_TO_FILL = memory.COMFORTABLE
 # Compiled programs stay in memory for waves of the same group and size to come.
 PROGRAMS_KEPT = 8
 SHOWN_ROWS = 20
@@ -54,11 +55,9 @@ def train(
     `sweep` says whether all are trained to the end. Returns the study's folder. Every configuration is checked before
     anything compiles. Raises as `runner.train` does; what was trained until then stays.
     """
-    options = dataclasses.replace(options, plots=False)
-    problems = {
-        number: problem.prepare(algorithm, make_agent, dataclasses.replace(config, **fields), options)
-        for number, fields in enumerate(found)
-    }
+    configs = [dataclasses.replace(config, **fields) for fields in found]
+    options = problem.with_total_steps(dataclasses.replace(options, plots=False), *configs)
+    problems = {number: problem.prepare(algorithm, make_agent, one, options) for number, one in enumerate(configs)}
     rungs = sweeps.rungs(len(found), options.total_steps, sweep)
     ends = _iterations(problems, rungs, sweep)
     folder = runner.folder_of(algorithm, options)
@@ -103,6 +102,11 @@ class Waves:
         """
         seeds, cut = self.options.num_seeds, hosts.by_first(lambda: self._record(part))
         if cut:
+            there = sorted(number for wave in cut for number in wave)
+            require(
+                there == sorted(numbers),
+                f"{self.folder / part / 'waves.json'} has the configurations {there}; they must be {sorted(numbers)}",
+            )
             found = [(wave, [self.problems[number].config for number in wave]) for wave in cut]
             waves = [sweeps.Wave(tuple(wave), sweeps.stacked(configs, seeds)) for wave, configs in found]
         else:
@@ -124,7 +128,8 @@ class Waves:
         )
         one = self.problems[wave.numbers[0]]._replace(config=wave.config, options=options, configurations=wave.numbers)
         runner.train(one, self.console, self._programs_for(one), leg)
-        hosts.by_first((path / "finished").touch)
+        # The mark holds the seal of the tables, so that a study is never ranked by what somebody changed later.
+        hosts.by_first(lambda: recording.write_json(path / "finished", {"records": recording.seal_of(path)}))
 
     def _write_record(self, part: str, waves: Sequence[sweeps.Wave]) -> None:
         (self.folder / part).mkdir(exist_ok=True)
@@ -132,7 +137,16 @@ class Waves:
 
     def _record(self, part: str) -> list[list[int]]:
         record = self.folder / part / "waves.json"
-        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+        if not record.exists():
+            return []
+        waves = recording.read_json(record)
+        lists = isinstance(waves, list) and all(isinstance(wave, list) and wave for wave in waves)
+        numbers = [number for wave in waves for number in wave] if lists else []
+        require(
+            bool(numbers) and all(type(x) is int and x >= 0 for x in numbers) and len({*numbers}) == len(numbers),
+            f"{record} is damaged: it must be lists of the numbers of configurations, each number once",
+        )  # fmt: skip
+        return waves
 
     def _programs_for(self, one: problem.Problem) -> training.Programs:
         """Waves of the same group and size share programs, whichever rung they belong to."""
@@ -145,17 +159,16 @@ class Waves:
 
     def _largest(self, numbers: Sequence[int]) -> dict[Any, int]:
         """For each group of static fields, how many configurations fit into memory at once."""
-        available, largest = runner.available_bytes(), {}
+        available, largest = memory.available_bytes(), {}
         for number in numbers:
             one = self.problems[number]
             key = sweeps.static_fields(one.config)
             if available is None:
                 largest[key] = len(numbers)
             elif key not in largest:
-                agent = one.make_agent(one.config, one.env, one.env_params)
-                run = jax.eval_shape(functools.partial(training.begin, agent), jax.random.key(0))
-                needed = runner.bytes_of(run) * self.options.num_seeds
-                largest[key] = max(1, int(available * MEMORY_TO_FILL / needed))
+                prediction = memory.predict(runner.make_programs(one))
+                room = available * MEMORY_TO_FILL - prediction.compiling
+                largest[key] = max(1, int(room / prediction.of_the_runs))
         return largest
 
 
@@ -163,18 +176,23 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     """The table of all finished waves, the ranking and the pictures; `out` is the picture of the ranking."""
     study = read(folder)
     fields = study["fields"]
-    finished = sorted(mark.parent for pattern in ("", "*/") for mark in folder.glob(f"{pattern}wave_*/finished"))
+    finished = finished_waves(folder)
     require(bool(finished), f"STUDY is {folder}, of which no wave is finished yet")
     table = pd.DataFrame(study["configurations"])
     for field in fields:
         table[field] = [sweeps.shown(x) if isinstance(x, list | bool) else x for x in table[field]]
-    results = metrics_of(finished).merge(table, on="configuration")
-    require(metric in results, f"--metric is {metric!r}; the study has {', '.join(results.columns)}")
+    metrics = metrics_of(finished)
+    unknown = sorted({*metrics.configuration} - {*table.configuration})
+    require(not unknown, f"{folder / 'study.json'} lacks the configurations {unknown}, which were trained")
+    results = metrics.merge(table, on="configuration")
+    numeric = [name for name in results if pd.api.types.is_numeric_dtype(results[name])]
+    require(metric in numeric, f"--metric is {metric!r}; the study has {', '.join(numeric)}")
     results.to_csv(folder / "results.csv", index=False)
     ranking = sweeps.ranking(results, fields, metric)
     ranking.to_csv(folder / "ranking.csv", index=False)
-    _print_ranking(console, study, ranking, metric)
-    title = f"{study['algorithm'].upper()} on {study['options']['env_id']}"
+    no_winner = bool((sweeps.standings(results, metric) == sweeps.ALL_BROKEN).all())
+    _print_ranking(console, study, ranking, metric, no_winner)
+    title = f"{display_name(study['algorithm'])} on {study['options']['env_id']}"
     plotting.ranking(ranking, fields, out or folder / "ranking.png", title=title, metric=metric)
     equal = ranking
     if "rung" in results:  # all configurations after the same training: at the end of the first rung
@@ -184,25 +202,41 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     console.print(f"results in {folder}")
 
 
+def finished_waves(folder: Path) -> list[Path]:
+    """The run folders of a study's finished waves, in the order of their rungs or batches."""
+    return sorted(mark.parent for pattern in ("", "*/") for mark in folder.glob(f"{pattern}wave_*/finished"))
+
+
 def metrics_of(waves: Sequence[Path]) -> pd.DataFrame:
     """The metrics of several waves in one table, under successive halving with the number of the `rung`."""
     frames = []
     for wave in waves:
-        frame = recording.read_metrics(wave)
+        mark = wave / "finished"
+        if mark.is_file() and mark.stat().st_size:  # older marks are empty
+            recording.check_records(wave, recording.read_json(mark, {"records": dict})["records"], 0)
+        frame = recording.read_metrics(wave, "configuration", "evaluation_return")
         kind, _, number = wave.parent.name.partition("_")
         if kind == "rung":
             frame.insert(0, "rung", int(number))
         frames.append(frame)
-    return pd.concat(frames)
+    return pd.concat(frames, ignore_index=True)
 
 
 def is_study(folder: Path) -> bool:
     return (folder / "study.json").is_file()
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """`study.json` of a study's folder."""
-    return json.loads((folder / "study.json").read_text(encoding="utf-8"))
+def read(folder: Path, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """`study.json` of a study's folder; ValueError, naming the file, where it is damaged or lacks `fields`."""
+    path = folder / "study.json"
+    found = recording.read_json(
+        path, {**recording.CONFIG_FIELDS, "fields": list, "configurations": list, **(fields or {})}
+    )
+    needed = {"configuration", *map(str, found["fields"])}
+    for index, values in enumerate(found["configurations"]):
+        fits = isinstance(values, dict) and needed <= values.keys() and type(values["configuration"]) is int
+        require(fits, f"{path}: configurations[{index}] is {values!r}; it must have {', '.join(sorted(needed))}")
+    return found
 
 
 def write_or_compare(
@@ -216,8 +250,9 @@ def write_or_compare(
     if not is_study(folder):
         recording.write_json(folder / "study.json", description)
         return
-    before, as_written = read(folder), json.loads(json.dumps(description))
-    runner.require_same_settings(before, as_written, "total_steps", "probe_support")
+    as_written = json.loads(json.dumps(description))
+    before = read(folder, {name: type(as_written[name]) for name in equal})
+    resuming.require_same_settings(before, as_written, "total_steps", "probe_support")
     for name in equal:
         require(
             before.get(name) == as_written[name],
@@ -253,8 +288,9 @@ def _iterations(
 def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps.Rung], options) -> None:
     groups = len({sweeps.static_fields(one.config) for one in problems.values()})
     console.print(
-        f"[bold]study[/bold] of {len(problems)} configurations with {options.num_seeds} seeds each: "
-        f"{len(problems) * options.num_seeds} runs in {groups} group(s) that share a compiled program, in {folder}"
+        f"[bold]study[/bold] of {counted(len(problems), 'configuration')} with {counted(options.num_seeds, 'seed')} "
+        f"each: {counted(len(problems) * options.num_seeds, 'run')} in {counted(groups, 'group')} that share a "
+        f"compiled program, in {folder}"
     )
     if len(rungs) > 1:
         stages = ", ".join(f"{rung.size} until {rung.env_steps:,}" for rung in rungs)
@@ -264,19 +300,31 @@ def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps
         console.print(f"successive halving: {stages} env steps, {part:.0%} of training all to the end")
 
 
-def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str) -> None:
+def _print_ranking(
+    console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str, no_winner: bool
+) -> None:
     fields = study["fields"]
-    table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds")
-    for column in ranking.columns:
-        table.add_column(column, justify="right")
-    for row in ranking.head(SHOWN_ROWS).itertuples(index=False):
-        table.add_row(*("" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+    # Narrow enough for 80 columns: an interval is one column, a rung stands for its env steps, and names are broken.
+    table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds", box=box.SIMPLE_HEAD)
+    names = {"configuration": "no.", metric: "IQM", "low": "95 % interval", "best": "part first"}
+    rows = ranking.head(SHOWN_ROWS).map(lambda x: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x))
+    if "low" in rows:
+        rows["low"] = [low and f"[{low}, {high}]" for low, high in zip(rows.low, rows.high, strict=True)]
+    rows = rows.drop(columns=["high", "env_steps"], errors="ignore")
+    for column, cells in rows.items():
+        name, widest = names.get(column, column.replace("_", " ")), max(map(len, cells)) if column != "low" else 0
+        table.add_column(name, justify="right", overflow="fold", min_width=widest)
+    for row in rows.itertuples(index=False):
+        table.add_row(*row)
     console.print(table)
     if len(ranking) > SHOWN_ROWS:
         console.print(f"{len(ranking) - SHOWN_ROWS} more in ranking.csv")
+    if no_winner:
+        console.print("best: none; every seed of every configuration diverged, or has no finite value")
+        return
     best = ranking.iloc[0]
     sure = f", first in {best['best']:.0%} of bootstrap resamples" if best.get("best", float("nan")) >= 0 else ""
     if "rung" in ranking:
         furthest = (ranking.rung == ranking.rung.max()).sum()
         sure += f"; {furthest} of {len(ranking)} configurations came as far"
-    console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}")
+    console.print(f"best: {sweeps.command_options({field: best[field] for field in fields})}{sure}", soft_wrap=True)

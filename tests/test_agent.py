@@ -98,17 +98,17 @@ def test_accepts_the_edges_of_the_ranges_and_arrays_of_a_sweep():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "--width is 0; it must be finite and in [1, inf)"),
-        ({"delay": -1}, "--delay is -1; it must be finite and in [0, inf)"),
+        ({"width": 0}, "--width is 0; it must be a whole number in [1, 2147483647]"),
+        ({"delay": -1}, "--delay is -1; it must be a whole number in [0, 2147483647]"),
         ({"rate": 1.5}, "--rate is 1.5; it must be finite and in [0, 1]"),
         ({"rate": -0.1}, "--rate is -0.1; it must be finite and in [0, 1]"),
         ({"rate": float("nan")}, "--rate is nan; it must be finite and in [0, 1]"),
         ({"temperature": 0.0}, "--temperature is 0.0; it must be finite and in (0, inf)"),
         ({"noise": float("inf")}, "--noise is inf; it must be finite and in [0, inf)"),
         ({"offset": float("-inf")}, "--offset is -inf; it must be finite"),
-        ({"hidden": (8, 0)}, "--hidden is (8, 0); it must be finite and in [1, inf)"),
-        ({"streams": (8, 0)}, "--streams is (8, 0); it must be finite and in [1, inf)"),
-        ({"streams": ()}, "--streams is (); it must be finite and in [1, inf)"),
+        ({"hidden": (8, 0)}, "--hidden is (8, 0); it must be whole numbers in [1, 2147483647]"),
+        ({"streams": (8, 0)}, "--streams is (8, 0); it must be whole numbers in [1, 2147483647]"),
+        ({"streams": ()}, "--streams is (); it must be whole numbers in [1, 2147483647]"),
     ],
 )
 def test_message_names_the_option_its_value_and_what_is_allowed(change, message):
@@ -166,10 +166,10 @@ def toy(action_space=None, observation_space=None):
         ),
         (
             gymnax.make("Pendulum-v1"),
-            r"is Pendulum-v1, whose actions have shape \(1,\) and bounds -2.0 to 2.0",
+            r"is Pendulum-v1, whose actions have shape \(1,\) and bounds -2 to 2;",
         ),
         ((toy(spaces.Box(-1, 1, ())), None), r"--env-id is Odd, whose actions have shape \(\)"),
-        ((toy(spaces.Box(-1, np.array([1, 2]), (2,))), None), r"--env-id is Odd, .* bounds -1 to \[1 2\]"),
+        ((toy(spaces.Box(-1, np.array([1, 2]), (2,))), None), r"--env-id is Odd, .* bounds -1 to \[1.0, 2.0\]"),
         ((toy(None, spaces.Box(0, 1, (4, 4))), None), r"whose observations have shape \(4, 4\); .* needs vectors"),
     ],
 )

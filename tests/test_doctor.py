@@ -72,7 +72,7 @@ def test_all_is_well_on_a_machine_without_accelerator(machine, capsys):
         assert importlib.metadata.version(name) in rows[name]
         assert ">=" in rows[name]
     assert "pytest" not in rows  # extras are nobody's duty
-    assert "cpu, 2 device(s): a cpu" in text
+    assert "cpu, 2 devices: a cpu" in text
     assert "default" in next(line for line in text.splitlines() if "matmul precision" in line)
     assert next(line for line in text.splitlines() if "compile cache" in line).endswith("compiled, empty")
 

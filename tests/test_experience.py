@@ -121,7 +121,7 @@ def recorded(writes, capacity, seed=0):
             )
             lists[env].append(step)
         ring = ADD(ring, jax.tree.map(lambda *leaves: np.stack(leaves), *(steps[-1] for steps in lists)))
-    live = interaction.Interaction(None, None, jnp.zeros(NUM_ENVS), jnp.zeros(NUM_ENVS, jnp.int32))
+    live = interaction.Interaction(None, None, jnp.zeros(NUM_ENVS), jnp.zeros(NUM_ENVS, jnp.int32), jnp.zeros(NUM_ENVS))
     return experience.Experience(ring, live, None), lists
 
 
@@ -175,11 +175,18 @@ def test_windows_do_not_cross_the_boundary_of_an_episode():
             times, zeros, np.float32([1, 2, 10, 20, 30]), times + 0.5, done & (not truncated), done & truncated
         )
         ring = replay.Replay(jax.tree.map(jnp.asarray, rows), jnp.int32(0), jnp.int32(5))
-        live = interaction.Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+        live = interaction.Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.zeros(1))
         batch = BATCH_AT(experience.Experience(ring, live, None), jnp.arange(5), num_steps=3, gamma=1.0)
         np.testing.assert_array_equal(batch.reward, [3, 2, 60, 50, 30])
         np.testing.assert_array_equal(batch.discount, [truncated, truncated, 1, 1, 1])
         np.testing.assert_array_equal(batch.next_observation[:, 0], [1.5, 1.5, 4.5, 4.5, 4.5])
+        # Rewards are cut one by one, on either side.
+        for sign in (1, -1):
+            signed = ring._replace(rows=ring.rows._replace(reward=sign * ring.rows.reward))
+            cut = BATCH_AT(
+                experience.Experience(signed, live, None), jnp.arange(5), num_steps=3, gamma=1.0, reward_clip=1.5
+            )
+            np.testing.assert_array_equal(cut.reward, sign * np.array([2.5, 1.5, 4.5, 3, 1.5]))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

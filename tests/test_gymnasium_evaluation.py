@@ -271,14 +271,18 @@ def test_the_command_plays_a_policy_file(tmp_path, capsys):
         (["p.npz", "--env-id", "brax/hopper"], "--env-id is 'brax/hopper', which Gymnasium cannot make"),
         (["three.npz", "--env-id", "CartPole-v1"], "one of 3 actions, but the actions of CartPole-v1 are Discrete(2)"),
         (["p.npz", "--env-id", "Acrobot-v1"], "cannot take the observations of Acrobot-v1"),
-        (["p.npz", "--env-id", "MountainCar-v0", "--episodes", "0"], "--episodes is 0; it must be at least 1"),
-        (["p.npz", "--env-id", "MountainCar-v0", "--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (
+            ["p.npz", "--env-id", "MountainCar-v0", "--episodes", "0"],
+            "--episodes is 0; it must be a whole number",
+        ),
+        (["p.npz", "--env-id", "MountainCar-v0", "--seed", "-1"], "--seed is -1; it must be a whole number in [0"),
         (["pendulum.npz", "--env-id", "MountainCarContinuous-v0"], "actions of shape (1,) from -2.0 to 2.0"),
         (
             ["two.npz", "--env-id", "Pendulum-v1"],
             "gives actions of shape (2,) from -2.0 to 2.0, but the actions of Pend",
         ),
-        (["other.npz", "--env-id", "MountainCar-v0"], "holds no policy"),
+        (["other.npz", "--env-id", "MountainCar-v0"], "other.npz holds no policy"),
+        (["empty.npz", "--env-id", "MountainCar-v0"], "empty.npz is no .npz file, or damaged"),
         (["missing.npz", "--env-id", "MountainCar-v0"], "missing.npz, which does not exist"),
         (["folder", "--gymnasium", "--env-id", "CartPole-v1"], "--env-id is 'CartPole-v1'; it is for a policy file"),
         (["folder", "--gymnasium"], "run folder folder does not exist"),
@@ -291,15 +295,16 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path, c
     linear_policy(tmp_path / "three.npz", np.zeros((4, 3)), np.zeros(3))
     linear_policy(tmp_path / "two.npz", np.zeros((3, 2)), [0, 0], (-2, 2))
     np.savez(tmp_path / "other.npz", a=1)
+    (tmp_path / "empty.npz").touch()
     with pytest.raises(SystemExit) as exit:
         cli.command(["evaluate", *arguments])
     assert exit.value.code == 2
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
 
 
 def test_without_gymnasium_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    with pytest.raises(ValueError, match=r"needs the package gymnasium: pip install \"jaxrl-dist\[gymnasium\]\""):
+    with pytest.raises(ValueError, match=r"needs the package gymnasium: pip install gymnasium$"):
         worlds.make("CartPole-v1")
 
 

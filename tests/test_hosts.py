@@ -125,8 +125,8 @@ def work(runs: str, port: int, number: int) -> None:
 
     save = Checkpoints.save
 
-    def save_then_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_then_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         if number == 1 and iteration == 50:
             os.kill(os.getpid(), signal.SIGTERM)  # in one of them, and not in the one that prints
 
@@ -256,7 +256,7 @@ def test_two_processes_split_one_run_as_two_devices_do(cache, tmp_path):
     found, expected = (
         recording.read_metrics(tmp_path / name / "c51" / "CartPole-v1" / "run") for name in ("two", "one")
     )
-    assert "on 2 cpu device(s) of 2 processes" in said[0]
+    assert "on 2 cpu devices of 2 processes" in said[0]
     pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), rtol=1e-3)
     for name in ("two", "one"):
         assert len(list((tmp_path / name).rglob("*.npz"))) == 1

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -166,7 +167,102 @@ def test_gelu_and_layer_normalisation_by_hand(tmp_path):
         portable.mlp_policy(layers, 1, activation="swish")
 
 
-def test_a_policy_with_pickled_objects_is_refused(tmp_path):
-    np.savez(tmp_path / "policy.npz", num_actions=np.int32(2), advantage_kernel_0=np.array([print], dtype=object))
+# -- files that are no policy ------------------------------------------------------------------------------------------
+
+
+def layers(*sizes):
+    """A perceptron of ones with these numbers of units, as an `EnsembleMLP` of one member has it."""
+    shapes = enumerate(itertools.pairwise(sizes))
+    return {name: np.ones(shape) for i, (inputs, outputs) in shapes
+            for name, shape in ((f"kernel_{i}", (1, inputs, outputs)), (f"bias_{i}", (1, outputs)))}  # fmt: skip
+
+
+def head(**parts):
+    return {name: {"layers": part} for name, part in parts.items()}
+
+
+CONTINUOUS = portable.mlp_policy(layers(3, 4, 2), 2) | {"action_low": np.zeros(2), "action_high": np.ones(2)}
+DUELLING = portable.greedy_policy(
+    {"torso": {"mlp": {"layers": layers(3, 4)}}, "head": head(advantage=layers(4, 6), value=layers(4, 3))}, 2,
+    support=np.arange(3.0),
+)  # fmt: skip
+IMPLICIT = portable.greedy_policy(
+    {"head": head(advantage=layers(4, 2)) | {"embedding": {"dense": {"layers": layers(5, 4)}}}}, 2, fractions=np.ones(8)
+)
+
+
+def without(arrays, name):
+    return {other: array for other, array in arrays.items() if other != name}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (without(CONTINUOUS, "bias_1"), "has no array 'bias_1'"),
+        (without(CONTINUOUS, "kernel_0"), "has no array 'kernel_0'"),
+        (without(CONTINUOUS, "action_high"), "has no array 'action_high'"),
+        (without(CONTINUOUS, "action_low"), "holds no policy"),
+        ({}, "holds no policy"),
+        (CONTINUOUS | {"kernel_1": np.ones((5, 2))}, r"holds 'kernel_1' of shape \(5, 2\); it must be \[4, any\]"),
+        (CONTINUOUS | {"bias_0": np.ones(3)}, r"holds 'bias_0' of shape \(3,\); it must be \[4\]"),
+        (CONTINUOUS | {"action_low": np.zeros(3)}, r"holds 'action_low' of shape \(3,\); it must be \[2\]"),
+        (CONTINUOUS | {"norm_scale_0": np.ones(4)}, "has no array 'norm_bias_0'"),
+        (CONTINUOUS | {"observation_mean": np.ones(3)}, "has no array 'observation_variance'"),
+        (CONTINUOUS | {"kernel_0": np.full((3, 4), np.nan)}, "holds 'kernel_0', of which 12 of 12 numbers are not fin"),
+        (CONTINUOUS | {"bias_0": np.array(["a"] * 4)}, "holds 'bias_0' of type <U1; it must be numbers"),
+        (CONTINUOUS | {"activation": np.array("swish")}, "activation 'swish'; it must be one of relu, gelu"),
+        (DUELLING | {"num_actions": np.int32(0)}, "holds 'num_actions' 0; it must be at least 1"),
+        (DUELLING | {"num_actions": np.int32(4)}, "has 6 outputs, which do not divide into 4 actions"),
+        (DUELLING | {"torso_kernel_0": np.ones((3, 5))}, "holds 'torso_bias_0' of shape"),
+        (DUELLING | {"value_kernel_0": np.ones((4, 2)), "value_bias_0": np.ones(2)}, "has not 3 outputs of the value"),
+        (DUELLING | {"support": np.ones(5)}, "holds 'support' of shape"),
+        (without(DUELLING, "advantage_kernel_0"), "has no array 'advantage_kernel_0'"),
+        (DUELLING | {"utility": np.array("mean")}, "has no array 'stock_scale'"),
+        (DUELLING | {"convolution_kernel": np.ones((3, 3, 1, 2))}, "has no array 'convolution_bias'"),
+        (without(IMPLICIT, "fractions"), "has no array 'fractions'"),
+        (without(IMPLICIT, "embedding_kernel_0"), "has no array 'embedding_kernel_0'"),
+        (IMPLICIT | {"num_actions": np.int32(3)}, "has not 3 outputs, one for each action"),
+        (IMPLICIT | {"proposal_kernel_0": np.ones((5, 8))}, "holds 'proposal_kernel_0' of shape"),
+    ],
+)
+def test_arrays_that_are_no_policy_are_named(tmp_path, arrays, message):
+    for good, observation in ((CONTINUOUS, 3), (DUELLING, 3), (IMPLICIT, 4)):
+        np.savez(tmp_path / "p.npz", **good)
+        portable.load_policy(tmp_path / "p.npz")(np.ones((1, observation)))
+    np.savez(tmp_path / "p.npz", **arrays)
+    with pytest.raises(ValueError, match=message) as raised:
+        portable.load_policy(tmp_path / "p.npz")
+    assert str(tmp_path / "p.npz") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"no zip file",
+        lambda data: data[:100],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data.replace(b"kernel_0", b"\xff" * 8, 1),
+        lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path, damage):
+    path = tmp_path / "p.npz"
+    np.savez(path, **CONTINUOUS)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"p\.npz is no \.npz file, or damaged: ") as raised:
+        portable.load_policy(path)
+    assert "\n" not in str(raised.value)
+    assert cli._is_ours(raised.value)
+
+
+def test_pickles_are_not_loaded(tmp_path):
+    np.savez(tmp_path / "p.npz", **CONTINUOUS, other=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        portable.load_policy(tmp_path / "policy.npz")
+        portable.load_policy(tmp_path / "p.npz")
+    np.save(tmp_path / "p.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"p\.npy is no \.npz file"):
+        portable.load_policy(tmp_path / "p.npy")
+    with pytest.raises(ValueError, match=r"none\.npz does not exist"):
+        portable.load_policy(tmp_path / "none.npz")

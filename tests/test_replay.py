@@ -348,7 +348,7 @@ def test_prioritised_training_copies_neither_rows_nor_tree(runs):
     observation, flag = jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct((), bool)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     row = interaction.Transition(observation, scalar, scalar, observation, flag, flag)
-    live = interaction.Interaction(None, None, jnp.zeros(4), jnp.zeros(4, jnp.int32))
+    live = interaction.Interaction(None, None, jnp.zeros(4), jnp.zeros(4, jnp.int32), jnp.zeros(4))
 
     def loop(buffer, priorities, key):
         def once(index, carry):

@@ -1,7 +1,6 @@
 """A run from plan to pictures: what it writes, exact resume, kill -9, damaged checkpoints, NaN, Ctrl-C, bad input."""
 
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -10,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from jaxrl_dist import cli, experience, problem, recording, reporting, runner
+from jaxrl_dist import cli, problem, recording, reporting, runner
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.algorithms.value_based import c51
@@ -87,7 +87,9 @@ def test_a_run_leaves_what_it_promises(finished):
     np.testing.assert_allclose(metrics.evaluation_return, by_hand, rtol=1e-5)
     config = recording.read_config(finished)
     assert config["config"]["quantiles_dropped"] == 1
-    assert config["config"]["replay_capacity"] == 232, "a ring that never wraps is stored no larger than the run"
+    assert config["config"]["replay_capacity"] == CONFIG.replay_capacity, "what was asked for"
+    manifest = (finished / "checkpoints" / "100" / "manifest.json").read_text()
+    assert '"shape": [\n    2,\n    232' in manifest, "a ring that never wraps is stored no larger than the run"
     assert {"jax", "python"} <= set(config["versions"])
     assert len(policies(finished)) == 2 * (2 * 2 + 2 + 2)  # kernels, biases, statistics, bounds of two seeds
     assert not np.array_equal(policies(finished)["seed_0/kernel_0"], policies(finished)["seed_1/kernel_0"])
@@ -97,8 +99,8 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatc
     """N iterations, save, load, M more: bit for bit N + M, replay, statistics and keys included."""
     save = Checkpoints.save
 
-    def save_then_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_then_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         os.kill(os.getpid(), signal.SIGINT)  # a Ctrl-C at a moment that is no evaluation point
 
     monkeypatch.setattr(Checkpoints, "save", save_then_stop)
@@ -194,7 +196,7 @@ def test_non_finite_metric_stops_the_run(tmp_path):
     with pytest.raises(
         runner.NonFiniteMetric, match=r"critic_loss became non-finite at iteration 59 in run 0 \(seed 0\)"
     ):
-        train(tmp_path, make_agent=make_breaking_agent)
+        train(tmp_path, make_agent=make_breaking_agent, on_divergence="stop")
     folder = tmp_path / "tqc" / "Pendulum-v1" / "run"
     assert recording.read_metrics(folder).env_steps.max() == 112
     assert Checkpoints(folder / "checkpoints").newest_intact()[0] == 50
@@ -267,11 +269,14 @@ def test_env_steps_are_reported_as_taken(tmp_path):
 
 
 def test_replay_is_as_large_as_asked_when_it_wraps():
-    config = dataclasses.replace(CONFIG, replay_capacity=64)
-    prepared = problem.prepare("tqc", tqc.make_agent, config, OPTIONS)
-    assert prepared.config.replay_capacity == 64
-    assert experience.Experience._fields == ("replay", "interaction", "normalizer")
-    assert json.dumps(dataclasses.asdict(prepared.config))
+    for capacity, rows in ((64, 64), (1000, 232)):
+        prepared = problem.prepare(
+            "tqc", tqc.make_agent, dataclasses.replace(CONFIG, replay_capacity=capacity), OPTIONS
+        )
+        agent = prepared.make_agent(prepared.config, prepared.env, prepared.env_params)
+        state = jax.eval_shape(agent.init, jax.random.key(0))
+        assert state.experience.replay.rows.reward.shape == (rows,)
+        assert prepared.config.replay_capacity == capacity
 
 
 # -- value-based agents -----------------------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ def test_probed_support_covers_what_random_actions_find(probe):
     )
     config = c51.Config(warmup_steps=32, batch_size=8, discount=0.9)
     found = problem.prepare("c51", c51.make_agent, config, options).config
-    assert dataclasses.replace(found, v_min=config.v_min, v_max=config.v_max, replay_capacity=100_000) == config
+    assert dataclasses.replace(found, v_min=config.v_min, v_max=config.v_max) == config
     if probe == "rewards":
         assert (found.v_min, found.v_max) == pytest.approx((0, 10))
     else:

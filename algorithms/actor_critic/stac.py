@@ -16,12 +16,13 @@ fitting its targets too closely.
     temperature   log alpha <- log alpha + rate alpha (target entropy - H),  H the mean of -log pi(a|s)
     target        psi_target <- psi_target + polyak (psi - psi_target)
 
-Dropout is active, with fresh masks, in every pass of an update, that of the target critic included, and off in acting
-and evaluation. The law that `predict` reports is the critic's Gaussian; it is narrower than the return's, and its mean
-is below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
+Dropout is active, with fresh masks, in every pass of an update, that of the target critic included, and in acting while
+training; off in evaluation. The law that `predict` reports is the critic's Gaussian; it is narrower than the return's,
+and its mean is below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
 
 Differences from the paper: the target entropy is that of its logs, -1 per action component (its table says half or
-less of that); evaluation takes the mode of the policy (its code averages ten samples).
+less of that); evaluation takes the mode of the policy (its code averages ten samples); the warm-up's actions are
+uniform (its code: tanh of normal draws).
 
 Run:      python algorithms/actor_critic/stac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -244,9 +245,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
     target_entropy = config.target_entropy_per_action * action_size
     warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
 
-    def sample_action(actor_parameters, observation, key, dropout=None):
+    def sample_action(actor_parameters, observation, key):
         action_key, dropout_key = jax.random.split(key)
-        mean, log_std = actor.apply(actor_parameters, observation, dropout, rngs={"dropout": dropout_key})
+        mean, log_std = actor.apply(actor_parameters, observation, config.actor_dropout, rngs={"dropout": dropout_key})
         return policies.squashed_gaussian(action_key, mean, log_std)
 
     def moments(critic_parameters, observation, action, key):
@@ -257,9 +258,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_action_key, next_dropout_key, critic_key, action_key, actor_key = jax.random.split(key, 5)
         temperature = jnp.exp(learner.log_temperature)
 
-        next_action, next_log_density = sample_action(
-            learner.actor, batch.next_observation, next_action_key, config.actor_dropout
-        )
+        next_action, next_log_density = sample_action(learner.actor, batch.next_observation, next_action_key)
         next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action, next_dropout_key)
         next_value = pessimistic(config, next_mean, next_std)
         target = target_value(config, batch, next_value, next_log_density, temperature)
@@ -274,7 +273,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = optax.apply_updates(learner.critic, changes)
 
         def actor_objective(parameters):
-            action, log_density = sample_action(parameters, batch.observation, action_key, config.actor_dropout)
+            action, log_density = sample_action(parameters, batch.observation, action_key)
             value = pessimistic(config, *moments(critic_parameters, batch.observation, action, actor_key))
             return actor_loss(value, log_density, temperature), log_density
 
@@ -286,6 +285,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": mean.mean(), "std": std.mean(), "target": target.mean(),
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip

@@ -21,7 +21,7 @@ linearly in the stock and the action is chosen there anew, so laws of different 
 the law of the end counts, which is right where the best policy no longer changes.
 
 Differences from the paper: its iteration is on exact laws; here they are projected to quantiles after each sweep, and
-the stock is on a grid. Equal utilities (within `TIE`) go to the larger mean, then to the first action.
+the stock is on a grid. Equal utilities (within `envs.stock.TIE`) go to the larger mean, then to the first action.
 
 Run:      python algorithms/dynamic_programming/stock_augmented.py --problem gamble --level 0.5
           python algorithms/dynamic_programming/stock_augmented.py --problem shortcut --level 0.2 --lowest-stock -20
@@ -46,9 +46,6 @@ from jaxrl_dist.envs import stock as stock_of
 from jaxrl_dist.envs.tabular import Tabular
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
-
-# Utilities that differ by less are rounding errors apart, in units of the utility.
-TIE = 1e-5
 
 
 @configuration
@@ -103,13 +100,9 @@ def laws_at(laws: jax.Array, stocks: jax.Array, state: jax.Array, stock: jax.Arr
 
 
 def greedy_action(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
-    """argmax_a mean_j f(c + theta_j): stock `[...]`, quantiles `[..., actions, quantiles]` -> `[...]`.
-
-    Ties go to the larger mean: who has nothing to lose by f should not waste what is left.
-    """
-    values = stock_of.action_utilities(utility, stock, quantiles)
-    tied = values >= values.max(-1, keepdims=True) - TIE
-    return jnp.where(tied, quantiles.mean(-1), -jnp.inf).argmax(-1)
+    """argmax_a mean_j f(c + theta_j), of equal ones that of the larger mean: `[...]`, `[..., actions, quantiles]` ->
+    `[...]`."""
+    return stock_of.preferences(utility, stock, quantiles).argmax(-1)
 
 
 def act(laws: jax.Array, stocks: jax.Array, utility: str, state: jax.Array, stock: jax.Array) -> jax.Array:

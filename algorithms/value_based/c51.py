@@ -14,9 +14,11 @@ measure of the distribution.
     target copy   theta_target <- theta, once every `target_period` updates
     acting        epsilon-greedy
 
-Differences from the paper: rewards are not clipped (an Atari convention), so v_min and v_max belong to the environment:
-see the presets, `--probe-support`, and the metric `clipped_mass`, the target mass that lies outside. Evaluation
-without exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: rewards are clipped, and the support reaches from -10 to 10, with `--preset paper` only;
+otherwise v_min and v_max belong to the environment: see the presets, `--probe-support`, and the metric `clipped_mass`,
+the target mass that lies outside. Epsilon falls from the first step on, where the official codes wait for the end of
+the warm-up; images pass MinAtar's convolution instead of DQN's; evaluation without exploration. `--num-steps` n > 1
+replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/c51.py --env-id CartPole-v1
 Expected: CartPole-v1 500 of 500 within 500,000 steps: experiments/learning_curves.
@@ -73,6 +75,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -90,9 +95,9 @@ class Config:
     """widths of the hidden layers, after the convolution if observations are images"""
     num_atoms: Count = 51
     """atoms of the support"""
-    v_min: Real = -10.0
-    """lowest atom, in units of the discounted return"""
-    v_max: Real = 10.0
+    v_min: Real = -100.0
+    """lowest atom, in units of the discounted return; the default is for rewards up to 1 and gamma 0.99"""
+    v_max: Real = 100.0
     """highest atom"""
     risk: str = "neutral"
     """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
@@ -124,7 +129,8 @@ PRESETS = {
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 250_000, "hidden": (512,), "learning_rate": 2.5e-4,
+        "exploration_steps": 1_000_000, "hidden": (512,), "learning_rate": 2.5e-4,
+        "reward_clip": 1.0, "v_min": -10.0, "v_max": 10.0,
     },
 }  # fmt: skip
 
@@ -235,8 +241,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key = jax.random.split(state.key)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 

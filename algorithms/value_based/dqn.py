@@ -1,8 +1,9 @@
 """DQN: Deep Q-Networks, with double Q-learning and duelling heads as options.
 
-Papers: "Human-level control through deep reinforcement learning", Mnih et al., Nature 2015 (arXiv 1312.5602); "Deep
-Reinforcement Learning with Double Q-learning", van Hasselt, Guez, Silver, AAAI 2016, arXiv 1509.06461; "Dueling Network
-Architectures for Deep Reinforcement Learning", Wang et al., ICML 2016, arXiv 1511.06581.
+Papers: "Human-level control through deep reinforcement learning", Mnih et al., Nature 518, 2015, doi
+10.1038/nature14236 (before it, without the target network: "Playing Atari with Deep Reinforcement Learning", arXiv
+1312.5602); "Deep Reinforcement Learning with Double Q-learning", van Hasselt, Guez, Silver, AAAI 2016, arXiv
+1509.06461; "Dueling Network Architectures for Deep Reinforcement Learning", Wang et al., ICML 2016, arXiv 1511.06581.
 
 Q-learning with a network: transitions are replayed in random order, which breaks their correlation, and the target is
 computed by a copy of the network that stands still for a while. The largest of several noisy estimates is biased
@@ -11,12 +12,17 @@ network into the state's value and the actions' advantages.
 
     target        y = r + gamma (1 - terminated) max over a' of Q_target(s', a')
     double        y = r + gamma (1 - terminated) Q_target(s', argmax over a' of Q(s', a'))
-    loss          mean of huber(Q(s, a) - y)
+    loss          mean of (Q(s, a) - y)^2 / 2, or of huber(Q(s, a) - y)
     target copy   theta_target <- theta, once every `target_period` updates
     acting        epsilon-greedy
 
-Differences from the paper: rewards are not clipped (an Atari convention), Adam instead of RMSProp, evaluation without
-exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: errors are clipped (by a Huber loss) only where rewards are: both are off by default, and on
+with `--preset paper`. Clipped errors with large returns make values drift to what never failing would be worth.
+Adam instead of RMSProp, with the paper's step size; epsilon falls from the first step on, where the authors' code waits
+for the end of the warm-up; images pass MinAtar's convolution instead of the paper's; evaluation without exploration.
+The target is copied every 10,000 updates as the paper's table says; the authors' code counts agent steps, a quarter of
+that. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n. Duelling streams have a hidden layer
+each, and their gradients are neither clipped nor scaled (section 4.2 there).
 
 Run:      python algorithms/value_based/dqn.py --env-id CartPole-v1
 Expected: CartPole-v1 475 of 500 and above within 500,000 steps, with relapses: experiments/learning_curves.
@@ -71,10 +77,14 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
-    huber_threshold: Positive = 1.0
-    """error up to which the loss is quadratic, in units of return; beyond it values tend to the target's median"""
+    huber_threshold: NonNegative = 0.0
+    """error beyond which the loss is linear, in units of return, so that values tend to the target's median; 0: the
+    squared error throughout"""
     learning_rate: NonNegative = 2.5e-4
     """step size of Adam"""
     adam_epsilon: Positive = 3.125e-4
@@ -94,8 +104,9 @@ class Config:
     """give the last hidden layer two streams, value and advantage"""
 
 
-# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's. Returns
-# of 100 need a wide Huber threshold: with 1, rare falls pull no harder than small errors, and all values drift to 100.
+# Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's. A Huber
+# threshold of 1 is for returns of a few units. With returns of 100 rare falls would pull no harder than small errors,
+# and all values drift to 100.
 PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
@@ -107,16 +118,17 @@ PRESETS = {
     },
     "Catch-bsuite": {
         "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
-        "exploration_steps": 5_000, "hidden": (64, 64),
+        "exploration_steps": 5_000, "hidden": (64, 64), "huber_threshold": 1.0,
     },
     "Breakout-MinAtar": {
         "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
-        "hidden": (128,),
+        "hidden": (128,), "huber_threshold": 1.0,
     },
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 10_000, "epsilon_end": 0.1,
         "exploration_steps": 1_000_000, "hidden": (512,),
+        "reward_clip": 1.0, "huber_threshold": 1.0,
     },
 }  # fmt: skip
 
@@ -170,7 +182,8 @@ def target_value(batch: Batch, next_values: jax.Array, choosing_values: jax.Arra
 
 
 def loss_of(values: jax.Array, target: jax.Array, threshold: float | jax.Array) -> jax.Array:
-    """Mean Huber loss of the values of the actions taken, both `[batch]`."""
+    """Mean Huber loss of the values of the actions taken, both `[batch]`; with threshold 0 half the squared error."""
+    threshold = jnp.where(threshold > 0, threshold, jnp.finfo(jnp.float32).max)
     return optax.losses.huber_loss(values, jax.lax.stop_gradient(target), delta=threshold).mean()
 
 
@@ -226,8 +239,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key = jax.random.split(state.key)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 
@@ -261,6 +275,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

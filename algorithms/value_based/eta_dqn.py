@@ -15,6 +15,8 @@ all initial stocks: the choice of c_0 sets the risk level, or the return that is
     loss          mean of sum over i of mean over j of |tau_i - 1{y_j < theta_i}| huber_kappa(y_j - theta_i) / kappa
     target copy   theta_target <- theta, once every `target_period` updates
     acting        c_0 drawn evenly from a range, then epsilon-greedy for mean_j f(c + theta_j(s, c, a))
+    ties          utilities within 1e-5 of the best are equal (`envs.stock.TIE`); of these the larger mean is taken,
+                  here as in targets: with min(x, 0) all actions tie that cannot fall short
     CVaR          c_0 = argmax over c of -c + (1 / tau) max over a of mean_j min(c + theta_j(s_0, c, a), 0)
 
 The stock is the environment's: `envs/stock.py` appends it to vector observations, so replay, evaluation and checkpoints
@@ -22,8 +24,8 @@ are those of any other agent, and `env_params.replace(lowest_stock=c, highest_st
 its dynamics are known, a transition is as good with any other stock (`hindsight`): a sampled one gets that of its
 neighbour in the batch, an independent draw from all that the replay holds, and c' is computed anew.
 
-Differences from the paper: hindsight, the loss, sizes and schedules are our choice, its details being unknown to us;
-vectors instead of Atari's images. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: hindsight, the loss, ties, sizes and schedules are our choice, its details being unknown to
+us; vectors instead of Atari's images. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/eta_dqn.py --env-id stock/gamble
           python algorithms/value_based/eta_dqn.py --env-id stock/bridge --env-options lowest_stock=-10 highest_stock=15
@@ -51,6 +53,7 @@ from jaxrl_dist.agent import (
     configuration,
     discrete_action_count,
     require,
+    require_environment,
 )
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional.law import Law
@@ -201,10 +204,8 @@ def checked_discount(config: Config, env, env_params) -> float | jax.Array:
     """
     from jaxrl_dist.envs import stock as stock_of  # here, since gymnax starts JAX before the command line sets it up
 
-    require(
-        isinstance(env, stock_of.StockAugmented),
-        f"--env-id is {env.name}, which has no stock; this algorithm needs stock/{env.name} (envs/stock.py)",
-    )
+    is_stock = isinstance(env, stock_of.StockAugmented)
+    require_environment(is_stock, env, "observations hold no stock", f"stock/{env.name} (envs/stock.py)")
     stock_of.check_params(env_params)
     of_stock = env_params.discount
     if isinstance(config.discount, jax.core.Tracer) or isinstance(of_stock, jax.core.Tracer):
@@ -233,7 +234,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         """One gradient step, and the copy into the target network when it is due."""
         next_quantiles = network.apply(learner.target_network, batch.next_observation)
         next_stock = batch.next_observation[:, -1]
-        next_action = stock_of.action_utilities(config.utility, next_stock, next_quantiles).argmax(-1)
+        next_action = stock_of.preferences(config.utility, next_stock, next_quantiles).argmax(-1)
         target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
 
         def objective(parameters):
@@ -283,18 +284,18 @@ def make_agent(config: Config, env, env_params) -> Agent:
         state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
-    def action_values(state: State, observation: jax.Array) -> jax.Array:
+    def preferences(state: State, observation: jax.Array) -> jax.Array:
         quantiles = network.apply(state.learner.network, observation)
-        return stock_of.action_utilities(config.utility, observation[:, -1], quantiles)
+        return stock_of.preferences(config.utility, observation[:, -1], quantiles)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return action_values(state, observation).argmax(-1).astype(jnp.int32)
+        return preferences(state, observation).argmax(-1).astype(jnp.int32)
 
     def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         epsilon = policies.linear_schedule(
             config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
         )
-        return policies.epsilon_greedy(key, action_values(state, observation), epsilon)
+        return policies.epsilon_greedy(key, preferences(state, observation), epsilon)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return act(state, observation, key), jnp.zeros(observation.shape[0])

@@ -12,25 +12,31 @@ the middles of the steps.
     law           Z(s, a) = F(s, a, mid_i) with probability q_i
     target        y_j = r + gamma (1 - terminated) F_target(s', a*, mid'_j),
                   a* = argmax over a of sum over j of q'_j F_target(s', a, mid'_j)
-    loss          mean of sum over i of mean over j of |mid_i - 1{u < 0}| huber_kappa(u) / kappa,
+    loss          mean of sum over i of sum over j of q'_j |mid_i - 1{u < 0}| huber_kappa(u) / kappa,
                   u = y_j - F(s, a, mid_i); it reaches neither the fractions nor the proposal
     proposal      dW1 / dtau_i = 2 F(tau_i) - F(mid_i) - F(mid_{i+1}), and -c times the entropy of q;
                   it reaches neither the features nor the quantiles
     target copy   of network and proposal, once every `target_period` updates
     acting        epsilon-greedy
 
-Differences from the paper: the entropy is that of q, where the official code takes one of the cumulated fractions; the
-embedding is merged before the last hidden layer; rewards are not clipped (an Atari convention); evaluation without
-exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: the target's atoms count by their masses q'_j. The paper and its code count them equally
+(`--target-weights equal`, and `--preset paper`), as if the fractions were even; once they have moved that shifts every
+target, and the discount adds the shift up (experiments/fqf_target_weights).
 
-The loss counts the target's atoms equally, as the paper's does, though their masses differ once the fractions have
-moved, and the discount adds that bias up. Acrobot is solved with `--fraction-learning-rate 0`, which holds them even.
+The proposal descends by centred RMSProp with decay 0.95 and epsilon 1e-5 as in the paper's code, as is Adam's epsilon
+(TensorFlow's mean square starts at 1, ours at 0). The paper's step size 2.5e-9 is the default; its code tries 5e-10 and
+5e-11. The entropy is that of q, where the code takes one of the cumulated fractions, with a RMSProp step of its own.
+The code's README advises to keep every proposed fraction below 0.98, or to descend the squared slope instead; neither
+is done here. The embedding is merged before the last hidden layer, not into the features of the convolution, which is
+MinAtar's; rewards are clipped with `--preset paper` only; epsilon falls from the first step on, where the code waits
+for the end of the warm-up; evaluation without exploration. `--num-steps` n > 1 replaces r and gamma by the n-step
+return and gamma^n.
 
 Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
 Expected: CartPole-v1 about 470 of 500 within 500,000 steps, with relapses: experiments/learning_curves.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -80,6 +86,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -103,8 +112,11 @@ class Config:
     """step size of the proposal's RMSProp; at one near the network's the fractions collapse"""
     entropy_weight: NonNegative = 0.0
     """c, weight of the proposal's entropy"""
+    target_weights: Literal["mass", "equal"] = "mass"
+    """how the target's atoms count in the loss: by their masses, or all alike as in the paper, which is biased"""
     kappa: NonNegative = 1.0
-    """threshold of the Huber function in units of return; 0 is plain quantile regression"""
+    """threshold of the Huber function in units of return; 0 is plain quantile regression; where laws are narrower than
+    this, quantiles are expectiles"""
     risk: str = "neutral"
     """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
     power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
@@ -135,7 +147,8 @@ PRESETS = {
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 250_000, "learning_rate": 5e-5, "hidden": (512, 512),
+        "exploration_steps": 1_000_000, "learning_rate": 5e-5, "hidden": (512, 512),
+        "reward_clip": 1.0, "target_weights": "equal",
     },
 }  # fmt: skip
 
@@ -197,9 +210,16 @@ def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
     return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
 
 
-def loss_of(quantiles: jax.Array, fractions: jax.Array, target: jax.Array, kappa: float | jax.Array) -> jax.Array:
-    """Mean quantile Huber loss: quantiles at the fractions, both `[batch, N]`, on targets `[batch, N]`."""
-    return quantile.quantile_huber_loss(quantiles, target, fractions, kappa=kappa, over_predicted="sum").mean()
+def loss_of(
+    quantiles: jax.Array, fractions: jax.Array, target: jax.Array, masses: jax.Array | None, kappa: float | jax.Array
+) -> jax.Array:
+    """Mean quantile Huber loss: quantiles at the fractions, both `[batch, N]`, on targets with masses, `[batch, N]`.
+
+    Without masses the targets count equally.
+    """
+    return quantile.quantile_huber_loss(
+        quantiles, target, fractions, kappa=kappa, over_predicted="sum", target_masses=masses
+    ).mean()
 
 
 def fraction_loss(
@@ -236,10 +256,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
         features = torso.apply(learner.target_network["torso"], batch.next_observation)
-        steps = staircase(proposal.apply(learner.target_network["proposal"], features))
-        next_quantiles = head.apply(learner.target_network["head"], features, steps.middles)
-        next_action = risks.value(risk, Law(next_quantiles, steps.masses[:, None])).argmax(-1)
+        next_steps = staircase(proposal.apply(learner.target_network["proposal"], features))
+        next_quantiles = head.apply(learner.target_network["head"], features, next_steps.middles)
+        next_action = risks.value(risk, Law(next_quantiles, next_steps.masses[:, None])).argmax(-1)
         target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
+        target_masses = next_steps.masses if config.target_weights == "mass" else None
 
         def objective(parameters):
             """Both losses in one: the first reaches torso and head only, the second the proposal only."""
@@ -250,7 +271,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             quantiles = networks.at_action(head.apply(parameters["head"], features, middles), batch.action)
             at_edges = head.apply(jax.lax.stop_gradient(parameters["head"]), constant, edges)
             at_edges = networks.at_action(at_edges, batch.action)
-            loss = loss_of(quantiles, middles, target, config.kappa)
+            loss = loss_of(quantiles, middles, target, target_masses, config.kappa)
             return loss + fraction_loss(steps, quantiles, at_edges, config.entropy_weight), (loss, quantiles, steps)
 
         (_, (loss, values, steps)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
@@ -259,7 +280,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         updates = learner.updates + 1
         target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
         metrics = {
-            "loss": loss, "value": (steps.masses * values).sum(-1).mean(), "target": target.mean(),
+            "loss": loss, "value": (steps.masses * values).sum(-1).mean(),
+            "target": (next_steps.masses * target).sum(-1).mean(),
             "gradient_norm": optax.tree.norm(gradient),
             "fraction_entropy": jax.scipy.special.entr(steps.masses).sum(-1).mean(),
         }  # fmt: skip
@@ -292,8 +314,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key = jax.random.split(state.key)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 

@@ -16,9 +16,10 @@ not of the network, and drawing them through a distortion makes the agent averse
     acting        epsilon-greedy on the mean over K fresh fractions
 
 Differences from the paper: evaluation takes the fractions (2k - 1) / 2K instead of random ones, and no exploration; the
-embedding's cosines start at i = 1, as in the official codes; the embedding is merged before the last hidden layer;
-rewards are not clipped (an Atari convention). `--num-steps` n > 1 replaces r and gamma by the n-step return and
-gamma^n.
+embedding's cosines start at i = 1, as in the official codes; the embedding is merged before the last hidden layer, not
+into the features of the convolution, which is MinAtar's; rewards are clipped with `--preset paper` only; epsilon falls
+from the first step on, where the official codes wait for the end of the warm-up. `--num-steps` n > 1 replaces r and
+gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/iqn.py --env-id CartPole-v1
 Expected: CartPole-v1 500 of 500 within 500,000 steps: experiments/learning_curves.
@@ -74,6 +75,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -98,7 +102,8 @@ class Config:
     num_policy_fractions: Count = 32
     """K, fractions whose mean chooses an action"""
     kappa: NonNegative = 1.0
-    """threshold of the Huber function in units of return; 0 is plain quantile regression"""
+    """threshold of the Huber function in units of return; 0 is plain quantile regression; where laws are narrower than
+    this, quantiles are expectiles"""
     risk: str = "neutral"
     """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
     power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
@@ -129,7 +134,8 @@ PRESETS = {
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 250_000, "learning_rate": 5e-5, "hidden": (512, 512),
+        "exploration_steps": 1_000_000, "learning_rate": 5e-5, "hidden": (512, 512),
+        "reward_clip": 1.0,
     },
 }  # fmt: skip
 
@@ -246,8 +252,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key, fraction_key = jax.random.split(state.key, 3)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch, fraction_key)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 

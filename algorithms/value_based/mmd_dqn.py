@@ -14,11 +14,12 @@ kernel decides which moments are matched. Actions maximise the mean of the parti
     target copy   theta_target <- theta, once every `target_period` updates
     acting        epsilon-greedy
 
-Differences from the paper: the bandwidths h are 2^-2 to 2^8 with weights sqrt(h), for returns of any size up to some
-tens; `--preset paper` has the official 1 to 10, made for clipped rewards, with equal weights. The official code sets a
-negative loss to 0, which here only rounding could make; we do not, since that would cut its gradient. Where actions
-tie, the first one is taken; the official code averages their particles. Evaluation without exploration. `--num-steps`
-n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: the bandwidths h are 4^-1 to 4^7 with weights sqrt(h), for returns of any size up to some
+hundreds; `--preset paper` has the official 1 to 10 with equal weights, made for clipped rewards, and clips them. The
+official code sets a negative loss to 0, which here only rounding could make; we do not, since that would cut its
+gradient. Where actions tie, the first one is taken; the official code averages their particles. Epsilon falls from the
+first step on, where that code waits for the end of the warm-up; images pass MinAtar's convolution instead of DQN's;
+evaluation without exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/mmd_dqn.py --env-id CartPole-v1
 Expected: CartPole-v1 about 490 of 500 within 500,000 steps, with relapses: experiments/learning_curves.
@@ -78,6 +79,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -97,7 +101,7 @@ class Config:
     """particles per action"""
     kernel: Literal["gaussian", "energy"] = "gaussian"
     """a mixture of Gaussians, or minus the distance"""
-    bandwidths: tuple[float, ...] = tuple(2.0**i for i in range(-2, 9))
+    bandwidths: tuple[float, ...] = tuple(4.0**i for i in range(-1, 8))
     """squared widths h of the Gaussians, in squared units of return"""
     bandwidth_exponent: Real = 0.5
     """the Gaussian of squared width h weighs h to this power; 0: all alike"""
@@ -112,28 +116,29 @@ PRESETS = {
     "CartPole-v1": {
         "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
-        "num_particles": 16, "bandwidths": tuple(4.0**i for i in range(-1, 8)),
+        "num_particles": 16,
     },
     "Acrobot-v1": {
         "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
         "target_period": 200, "learning_rate": 5e-4,
-        "num_particles": 16, "bandwidths": tuple(4.0**i for i in range(-1, 8)),
+        "num_particles": 16,
     },
     "Catch-bsuite": {
         "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
         "exploration_steps": 5_000, "hidden": (64, 64),
-        "num_particles": 8,
+        "num_particles": 8, "bandwidths": tuple(2.0**i for i in range(-2, 9)),
     },
     "Breakout-MinAtar": {
         "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
         "hidden": (128,),
-        "num_particles": 16,
+        "num_particles": 16, "bandwidths": tuple(2.0**i for i in range(-2, 9)),
     },
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 250_000, "hidden": (512,), "learning_rate": 5e-5,
+        "exploration_steps": 1_000_000, "hidden": (512,), "learning_rate": 5e-5,
         "bandwidths": tuple(float(h) for h in range(1, 11)), "bandwidth_exponent": 0.0,
+        "reward_clip": 1.0,
     },
 }  # fmt: skip
 
@@ -247,8 +252,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key = jax.random.split(state.key)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 

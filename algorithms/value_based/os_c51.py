@@ -20,10 +20,11 @@ The law of one step is not that of the return: what is random later counts by it
 small. Hence there is no `--risk`, and the agent predicts a mean, as DQN does. The same on tables, exactly:
 algorithms/dynamic_programming/one_step.py.
 
-Differences from the paper: rewards are not clipped (an Atari convention), so v_min and v_max belong to the environment:
-see the presets, `--probe-support`, and the metric `clipped_mass`, the share of targets that lie outside. The official
-code clips probabilities to [1e-5, 1 - 1e-5] before their logarithm; log-softmax needs no clipping. Evaluation without
-exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: rewards are clipped, and the support reaches from -10 to 10, with `--preset paper` only;
+otherwise v_min and v_max belong to the environment: see the presets, `--probe-support`, and the metric `clipped_mass`,
+the share of targets that lie outside. The official code clips probabilities to [1e-5, 1 - 1e-5] before their logarithm;
+log-softmax needs no clipping. Images pass MinAtar's convolution instead of DQN's; evaluation without exploration.
+`--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/os_c51.py --env-id CartPole-v1
 Expected: Catch-bsuite 0.7 of 1 and above within 40,000 steps: tests/algorithms/test_os_c51.py.
@@ -79,6 +80,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -96,9 +100,9 @@ class Config:
     """widths of the hidden layers, after the convolution if observations are images"""
     num_atoms: Count = 51
     """atoms of the support"""
-    v_min: Real = -10.0
-    """lowest atom, in units of the discounted return"""
-    v_max: Real = 10.0
+    v_min: Real = -100.0
+    """lowest atom, in units of the discounted return; the default is for rewards up to 1 and gamma 0.99"""
+    v_max: Real = 100.0
     """highest atom"""
 
 
@@ -125,9 +129,10 @@ PRESETS = {
         "v_min": 0.0, "v_max": 30.0,
     },
     "paper": {
-        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
+        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 80_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 250_000, "hidden": (512,), "learning_rate": 2.5e-4,
+        "exploration_steps": 1_000_000, "hidden": (512,), "learning_rate": 2.5e-4,
+        "reward_clip": 1.0, "v_min": -10.0, "v_max": 10.0,
     },
 }  # fmt: skip
 
@@ -244,8 +249,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key = jax.random.split(state.key)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 
@@ -279,6 +285,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ mean of the quantiles, or any other risk measure of them.
     target copy   theta_target <- theta, once every `target_period` updates
     acting        epsilon-greedy
 
-Differences from the paper: rewards are not clipped (an Atari convention); evaluation without exploration. `--num-steps`
-n > 1 replaces r and gamma by the n-step return and gamma^n.
+Differences from the paper: rewards are clipped with `--preset paper` only; epsilon falls from the first step on, where
+the official codes wait for the end of the warm-up; images pass MinAtar's convolution instead of DQN's; evaluation
+without exploration. `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/qr_dqn.py --env-id CartPole-v1
 Expected: CartPole-v1 500 of 500 within 500,000 steps: experiments/learning_curves.
@@ -71,6 +72,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -89,7 +93,8 @@ class Config:
     num_quantiles: Count = 200
     """quantiles per action"""
     kappa: NonNegative = 1.0
-    """threshold of the Huber function in units of return; 0 is plain quantile regression"""
+    """threshold of the Huber function in units of return; 0 is plain quantile regression; where laws are narrower than
+    this, atoms are expectiles rather than quantiles"""
     risk: str = "neutral"
     """what greedy actions maximise, in targets, acting and evaluation: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL,
     power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
@@ -120,7 +125,8 @@ PRESETS = {
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
         "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 250_000, "hidden": (512,), "learning_rate": 5e-5,
+        "exploration_steps": 1_000_000, "hidden": (512,), "learning_rate": 5e-5,
+        "reward_clip": 1.0,
     },
 }  # fmt: skip
 
@@ -229,8 +235,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             key, sample_key = jax.random.split(state.key)
             batch = experience.sample_n_step(
-                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount
-            )
+                state.experience, sample_key, config.batch_size, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
+            )  # fmt: skip
             learner, metrics = update(state.learner, batch)
             return state._replace(key=key, learner=learner), jax.tree.map(average, metrics)
 

@@ -17,9 +17,13 @@ and targets hold n rewards before they bootstrap.
     target copy   theta_target <- theta, once every `target_period` updates
     acting        greedy with drawn weights
 
-Differences from the paper: rewards are not clipped (an Atari convention), so v_min and v_max belong to the environment,
-see `--probe-support` and the metric `clipped_mass`; evaluation takes the mean weights. Each part can be switched off:
-`--no...` options, `--num-steps 1`, `--priority-exponent 0`; without noise, give an epsilon to explore with.
+Differences from the paper: rewards are clipped, and the support reaches from -10 to 10, with `--preset paper` only;
+otherwise v_min and v_max belong to the environment, see `--probe-support` and the metric `clipped_mass`. A window is
+shorter than n steps, with gamma to the steps it has, not only where an episode terminates but also at a time limit and
+at the newest stored step. One draw of noise serves the whole batch (each network has its own), and one all environments
+of a step. Priorities are the divergence plus 1e-6, so that none is 0. Images pass MinAtar's convolution instead of
+DQN's; evaluation takes the mean weights. Each part can be switched off: `--no...` options, `--num-steps 1`,
+`--priority-exponent 0`; without noise, give an epsilon to explore with.
 
 Run:      python algorithms/value_based/rainbow.py --env-id CartPole-v1
 Expected: CartPole-v1 500 of 500 within 500,000 steps: experiments/learning_curves.
@@ -77,6 +81,9 @@ class Config:
 
     discount: Fraction = 0.99
     """gamma, the weight of the next step's return"""
+    reward_clip: NonNegative = 0.0
+    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
+    evaluation counts the raw ones; 0: no cut"""
     target_period: Count = 1_000
     """updates between two copies of the network into the target network"""
     learning_rate: NonNegative = 2.5e-4
@@ -94,9 +101,9 @@ class Config:
     """widths of the hidden layers, after the convolution if observations are images"""
     num_atoms: Count = 51
     """atoms of the support"""
-    v_min: Real = -10.0
-    """lowest atom, in units of the discounted return"""
-    v_max: Real = 10.0
+    v_min: Real = -100.0
+    """lowest atom, in units of the discounted return; the default is for rewards up to 1 and gamma 0.99"""
+    v_max: Real = 100.0
     """highest atom"""
     double: bool = True
     """choose the target's action by the online network"""
@@ -140,8 +147,9 @@ PRESETS = {
     },
     "paper": {
         "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 20_000,
-        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 8_000, "learning_rate": 6.25e-5,
+        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_000, "learning_rate": 6.25e-5,
         "adam_epsilon": 1.5e-4, "annealing_steps": 50_000_000, "hidden": (512,),
+        "reward_clip": 1.0, "v_min": -10.0, "v_max": 10.0,
     },
 }  # fmt: skip
 
@@ -278,7 +286,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             key, sample_key, noise_key = jax.random.split(state.key, 3)
             indices, probabilities = replay.sample_by_priority(state.priorities, sample_key, config.batch_size)
             batch = experience.batch_at(
-                state.experience, indices, num_steps=config.num_steps, gamma=config.discount
+                state.experience, indices, num_steps=config.num_steps, gamma=config.discount,
+                reward_clip=config.reward_clip,
             )  # fmt: skip
             beta = policies.linear_schedule(config.importance_exponent, 1.0, config.annealing_steps, state.env_steps)
             weights = replay.importance_weights(probabilities, state.experience.replay.size, beta)

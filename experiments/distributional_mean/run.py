@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist import plotting, statistics
+from jaxrl_dist import catalog, plotting, statistics
 
 HERE = Path(__file__).parent
 CURVES = HERE.parent / "learning_curves"
@@ -51,7 +51,7 @@ def main(out: Path = HERE) -> None:
                 row |= described(metric, seeds[metric].to_numpy())
             rows.append({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
         plotting.learning_curve(
-            {name.upper(): frame for name, frame in frames.items()}, out / f"{environment}.png",
+            {catalog.display_name(name): frame for name, frame in frames.items()}, out / f"{environment}.png",
             title=f"{environment}: distance to the Monte-Carlo law", metric="calibration_w1",
         )  # fmt: skip
     table = pd.DataFrame(rows)

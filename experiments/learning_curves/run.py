@@ -106,7 +106,7 @@ def summarise(environment: str, folder: Path) -> None:
             continue
         episodes = pd.read_csv(path)
         means = episodes.groupby(["env_steps", "seed"], as_index=False)["episode_return"].mean()
-        frames[path.stem.upper()] = means.rename(columns={"episode_return": "evaluation_return"})
+        frames[cli.display_name(path.stem)] = means.rename(columns={"episode_return": "evaluation_return"})
         last = episodes[episodes.env_steps == episodes.env_steps.max()]
         final = last.groupby("seed").episode_return.mean().to_numpy()
         low, high = statistics.bootstrap_interval(final)

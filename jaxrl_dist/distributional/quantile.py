@@ -10,11 +10,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+MOST_ATOMS = 2**20
+"""More could not be told apart: beyond it the fractions differ by less than a few steps of float32."""
+
 
 def midpoints(num_quantiles: int) -> jax.Array:
     """Fractions (2m - 1) / 2M at which M quantiles minimise the Wasserstein-1 distance (QR-DQN, Lemma 2): `[M]`."""
-    if num_quantiles < 1:
-        raise ValueError(f"num_quantiles is {num_quantiles}; it must be at least 1")
+    if not 1 <= num_quantiles <= MOST_ATOMS:
+        raise ValueError(f"num_quantiles is {num_quantiles}; it must be at least 1 and at most {MOST_ATOMS}")
     return (jnp.arange(num_quantiles, dtype=jnp.float32) + 0.5) / num_quantiles
 
 
@@ -28,12 +31,13 @@ def quantile_huber_loss(
     *,
     kappa: float | jax.Array = 1.0,
     over_predicted: Literal["mean", "sum"],
+    target_masses: jax.Array | None = None,
 ) -> jax.Array:
     """Quantile regression of predicted atoms on target atoms, smoothed by the Huber function (QR-DQN, eq. 9-10).
 
     With u = target - predicted, each pair costs |fraction - 1{u < 0}| * huber_kappa(u) / kappa. Costs are averaged over
     the target atoms, and summed (QR-DQN, IQN) or averaged (TQC) over the predicted ones. The gradient reaches
-    `predicted` alone: targets and fractions are constants of this loss.
+    `predicted` alone: targets, their masses and fractions are constants of this loss.
 
     Args:
         predicted: `[batch, *members, quantiles]`; any number of axes (critics) between batch and quantiles.
@@ -41,6 +45,7 @@ def quantile_huber_loss(
         fractions: `[quantiles]`, or any shape that broadcasts to `predicted`; it belongs to the *predicted* axis.
         kappa: threshold of the Huber function in units of return; 0 is plain quantile regression.
         over_predicted: how the predicted axis is reduced.
+        target_masses: probabilities of the target atoms, `[batch, targets]`; without them all atoms count alike.
 
     Returns:
         Loss per batch element and member, `[batch, *members]`.
@@ -49,28 +54,30 @@ def quantile_huber_loss(
         raise ValueError(f"over_predicted is {over_predicted!r}; it must be 'mean' or 'sum'")
     chex.assert_rank(target, 2)
     chex.assert_equal_shape_prefix([predicted, target], 1)
+    if target_masses is not None:
+        chex.assert_equal_shape([target, target_masses])
     fractions = jnp.broadcast_to(fractions, predicted.shape)
-    cost = _mean_pairwise_cost(predicted, target, fractions, jnp.asarray(kappa, predicted.dtype))
+    cost = _mean_pairwise_cost(predicted, target, target_masses, fractions, jnp.asarray(kappa, predicted.dtype))
     return cost.mean(-1) if over_predicted == "mean" else cost.sum(-1)
 
 
 @jax.custom_vjp
-def _mean_pairwise_cost(predicted, target, fractions, kappa):
-    return _cost_and_slope(predicted, target, fractions, kappa)[0]
+def _mean_pairwise_cost(predicted, target, masses, fractions, kappa):
+    return _cost_and_slope(predicted, target, masses, fractions, kappa)[0]
 
 
-def _forward(predicted, target, fractions, kappa):
-    return _cost_and_slope(predicted, target, fractions, kappa)
+def _forward(predicted, target, masses, fractions, kappa):
+    return _cost_and_slope(predicted, target, masses, fractions, kappa)
 
 
 def _backward(slope, cotangent):
-    return cotangent * slope, None, None, None
+    return cotangent * slope, None, None, None, None
 
 
 _mean_pairwise_cost.defvjp(_forward, _backward)
 
 
-def _cost_and_slope(predicted, target, fractions, kappa):
+def _cost_and_slope(predicted, target, masses, fractions, kappa):
     """Mean pair cost of each predicted atom and its derivative, in one pass over the pairs.
 
     Cost and derivative share every intermediate, so computing both here avoids materialising the
@@ -85,23 +92,30 @@ def _cost_and_slope(predicted, target, fractions, kappa):
         slope = jnp.where(u < 0, 1 - tau, tau) * clipped
         return slope * (u - 0.5 * clipped), slope
 
-    def dense(predicted, target, fractions):
-        y = target.reshape(target.shape[0], *(1,) * (predicted.ndim - 1), target.shape[1])
-        cost, slope = pair(predicted[..., None], y, fractions[..., None])
-        return cost.mean(-1) / kappa, -slope.mean(-1) / kappa
+    def dense(predicted, target, masses, fractions):
+        beside = (target.shape[0], *(1,) * (predicted.ndim - 1), target.shape[1])
+        cost, slope = pair(predicted[..., None], target.reshape(beside), fractions[..., None])
+        if masses is None:
+            return cost.mean(-1) / kappa, -slope.mean(-1) / kappa
+        masses = masses.reshape(beside)
+        return (masses * cost).sum(-1) / kappa, -(masses * slope).sum(-1) / kappa
 
-    def blocked(predicted, target, fractions):
+    def blocked(predicted, target, masses, fractions):
         # On CPU: one target atom at a time, vectorised over all predictions, measured 30 times faster than `dense`.
-        def accumulate(sums, y):
-            y = y.reshape(-1, *(1,) * (predicted.ndim - 1))
-            return jax.tree.map(jnp.add, sums, pair(predicted, y, fractions)), None
+        def accumulate(sums, atom):
+            y, mass = jax.tree.map(lambda x: x.reshape(-1, *(1,) * (predicted.ndim - 1)), atom)
+            terms = pair(predicted, y, fractions)
+            if mass is not None:
+                terms = jax.tree.map(lambda x: mass * x, terms)
+            return jax.tree.map(jnp.add, sums, terms), None
 
         zeros = jnp.zeros_like(predicted)
-        (cost, slope), _ = jax.lax.scan(accumulate, (zeros, zeros), target.T, unroll=min(5, target.shape[1]))
-        scale = 1 / (kappa * target.shape[1])
+        atoms = jax.tree.map(jnp.transpose, (target, masses))
+        (cost, slope), _ = jax.lax.scan(accumulate, (zeros, zeros), atoms, unroll=min(5, target.shape[1]))
+        scale = 1 / (kappa * (target.shape[1] if masses is None else 1))
         return cost * scale, -slope * scale
 
-    return jax.lax.platform_dependent(predicted, target, fractions, cpu=blocked, default=dense)
+    return jax.lax.platform_dependent(predicted, target, masses, fractions, cpu=blocked, default=dense)
 
 
 # -- mixtures of critics ----------------------------------------------------------------------------------------------

@@ -37,13 +37,14 @@ def backward(nets: dict, tape: dict, slope: np.ndarray) -> dict[str, dict]:
     return gradient
 
 
-def quantile_huber(predicted: np.ndarray, fractions: np.ndarray, target: np.ndarray, kappa: float):
+def quantile_huber(predicted: np.ndarray, fractions: np.ndarray, target: np.ndarray, kappa: float, masses=None):
     """Loss of one row, summed over its quantiles and averaged over its targets, and the slope in the quantiles."""
     loss, slope = 0.0, np.zeros(len(predicted))
+    masses = np.full(len(target), 1 / len(target)) if masses is None else masses
     for i, fraction in enumerate(fractions):
-        for y in target:
+        for y, mass in zip(target, masses, strict=True):
             error = y - predicted[i]
-            weight, small = abs(fraction - (error < 0)) / len(target), abs(error) <= kappa
+            weight, small = abs(fraction - (error < 0)) * mass, abs(error) <= kappa
             loss += weight * (error**2 / 2 if small else kappa * (abs(error) - kappa / 2)) / kappa
             slope[i] -= weight * (error if small else kappa * np.sign(error)) / kappa
     return loss, slope

@@ -1,6 +1,7 @@
 """DQN's equations by the spec's hand-worked numbers, tabular fixed points, whole updates against loops in numpy."""
 
 import dataclasses
+import functools
 
 import by_hand
 import jax
@@ -39,9 +40,10 @@ def test_loss_by_hand():
     value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([0.5, 1.0, 3.0]), jnp.zeros(3), 1.0)
     assert value == pytest.approx(3.125 / 3)
     np.testing.assert_allclose(gradient, [0.5 / 3, 1 / 3, 1 / 3])
-    # A wide threshold makes it half the square.
-    value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([7.0]), jnp.zeros(1), 100.0)
-    assert (value, gradient[0]) == (24.5, 7)
+    # A wide threshold makes it half the square, and so does none.
+    for threshold in (100.0, 0.0):
+        value, gradient = jax.value_and_grad(dqn.loss_of)(jnp.array([7.0]), jnp.zeros(1), threshold)
+        assert (value, gradient[0]) == (24.5, 7)
 
 
 def test_no_gradient_flows_through_the_target():
@@ -65,15 +67,12 @@ def test_maximisation_bias():
 # -- fixed points -----------------------------------------------------------------------------------------------------
 
 
-def tabular_fixed_point(terminated, truncated, gamma=0.9, num_steps=1) -> float:
-    """Value of one state with one action and reward 1, by targets from a replay and steps of size 1 on the loss.
-
-    In tenths: where errors stay below 1, the Huber loss is least at the mean of the targets.
-    """
+def tabular_fixed_point(terminated, truncated, gamma=0.9, num_steps=1, reward=1.0, threshold=0.0) -> float:
+    """Value of one state with one action, by targets from a replay and steps of size 1 on the loss."""
     size = len(terminated)
-    rows = by_hand.transition(reward=jnp.full(size, 0.1), terminated=terminated, truncated=truncated)
+    rows = by_hand.transition(reward=jnp.full(size, reward), terminated=terminated, truncated=truncated)
     rows = rows._replace(action=jnp.zeros(size, jnp.int32))
-    one_environment = Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    one_environment = Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.zeros(1))
     stored = Experience(Replay(rows, jnp.int32(0), jnp.int32(size)), one_environment, None)
     batch = experience.batch_at(stored, jnp.arange(size), num_steps=num_steps, gamma=gamma)
 
@@ -81,11 +80,11 @@ def tabular_fixed_point(terminated, truncated, gamma=0.9, num_steps=1) -> float:
         target = dqn.target_value(batch, jnp.full((size, 1), value), jnp.full((size, 1), value))
 
         def loss(value):
-            return dqn.loss_of(networks.at_action(jnp.full((size, 1), value), batch.action), target, 1.0)
+            return dqn.loss_of(networks.at_action(jnp.full((size, 1), value), batch.action), target, threshold)
 
         return value - jax.grad(loss)(value), None
 
-    return 10 * float(jax.lax.scan(sweep, jnp.float32(0.5), length=400)[0])
+    return float(jax.lax.scan(sweep, jnp.float32(0.5), length=2000)[0])
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -99,6 +98,15 @@ def test_geometric_end():
     """Reward 1, and an end with probability 1/4 after it: 1 / (1 - 0.9 0.75) = 3.076923."""
     last = np.arange(4) == 3
     assert tabular_fixed_point(last, np.zeros(4, bool)) == pytest.approx(3.076923, rel=1e-5)
+
+
+def test_returns_of_a_hundred_by_default():
+    """The same process in large rewards, worth 100. Atari's threshold makes it worth what never ending would be: the
+    three of four targets that go on pull it to 325 against the one that ends."""
+    last, rewards = np.arange(4) == 3, 100 * (1 - 0.9 * 0.75)
+    worth = functools.partial(tabular_fixed_point, last, np.zeros(4, bool), reward=rewards)
+    assert worth(threshold=dqn.Config().huber_threshold) == pytest.approx(100, rel=1e-4)
+    assert worth(threshold=1.0) > 300
 
 
 def test_tabular_update_is_an_assignment():
@@ -136,8 +144,9 @@ def slow_row(double=False, threshold=1.0):
     ids=["plain", "double_three_steps", "dueling"],
 )
 def test_updates_equal_loops_in_numpy(settings):
+    settings = {"huber_threshold": 1.0} | settings
     found = by_hand.assert_updates_are(
-        dqn, slow_row(settings.get("double", False), settings.get("huber_threshold", 1.0)), **settings
+        dqn, slow_row(settings.get("double", False), settings["huber_threshold"]), **settings
     )
     # Both networks chose differently, and both branches of the Huber loss were taken.
     assert np.mean([one["disagree"] for one in found]) > 0

@@ -79,6 +79,57 @@ def test_the_stored_stock_is_the_one_before_the_action():
     assert (np.abs(before[2:][ended]) <= 2).all()
 
 
+# -- ties -------------------------------------------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_larger_mean():
+    """With a stock that no action can lose, all fall short by nothing: what is left should not be wasted."""
+    quantiles = jnp.array([[1.0, 1.0], [0.0, 4.0], [2.0, 3.0]])  # means 1, 2, 2.5
+    for name, owned, expected in (
+        ("shortfall", 0.0, 2),  # nothing falls short
+        ("shortfall", -1.5, 2),  # 0.5, 0.75 and nothing
+        ("shortfall", -10.0, 2),  # all of it counts
+        ("surplus", -20.0, 2),  # nothing is beyond
+        ("threshold", -1.0, 2),  # 1, 1/2 and 1
+        ("threshold", -4.0, 1),  # 0, 1/2 and 0: no tie
+        ("target", -1.0, 0),
+    ):
+        preferred = stock.preferences(name, jnp.float32(owned), quantiles)
+        assert preferred.argmax() == expected, (name, owned)
+    # Within the tolerance utilities are equal, beyond it they are not.
+    for below, expected in ((5e-6, 1), (5e-5, 0)):
+        quantiles = jnp.array([[1.0, 1.0], [-below, 4.0]])
+        assert stock.preferences("shortfall", jnp.float32(0), quantiles).argmax() == expected
+
+
+def laws_of(state, quantiles):
+    """The state with networks that predict the quantiles `[actions, quantiles]` everywhere."""
+    network = jax.tree.map(jnp.zeros_like, state.learner.network)
+    layers = network["params"]["head"]["advantage"]["layers"]
+    last = max(name for name in layers if name.startswith("bias"))
+    layers[last] = jnp.reshape(jnp.asarray(quantiles), layers[last].shape)
+    return state._replace(learner=state.learner._replace(network=network, target_network=network))
+
+
+def test_ties_in_acting_targets_and_exported_policies(tmp_path):
+    """A tie for the utility everywhere: the agent must take the action of larger mean, and learn from its law."""
+    agent, config = small_agent(num_quantiles=2, epsilon_start=0.0, epsilon_end=0.0, hindsight=False)
+    state = laws_of(by_hand.quick(agent.init)(jax.random.key(2)), [[20.0, 20], [20, 40], [30, 40]])
+    observation = jax.random.normal(jax.random.key(5), (8, 4))
+    np.testing.assert_array_equal(agent.act(state, observation, jax.random.key(0)), 2)
+    portable.save_policy(tmp_path / "policy.npz", agent.export(state))
+    np.testing.assert_array_equal(portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation)), 2)
+    sample_key = jax.random.split(jax.random.split(jax.random.clone(state.key), 3)[0])[1]
+    position = int(state.experience.replay.position)
+    after, metrics = by_hand.quick(agent.step)(state)
+    written = (position + np.arange(config.num_envs)) % config.replay_capacity
+    np.testing.assert_array_equal(after.experience.replay.rows.action[written], 2)
+    batch = by_hand.stored_windows(after, sample_key, config)
+    assert batch["discount"].max() > 0
+    expected = (batch["reward"] + batch["discount"] * 35).mean()
+    assert metrics["target"].total / metrics["target"].count == pytest.approx(expected, rel=1e-4)
+
+
 # -- whole updates against loops in numpy -----------------------------------------------------------------------------
 
 
@@ -334,7 +385,9 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_environments_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="--env-id is Choices, which has no stock; this algorithm needs stock/Choices"):
+    with pytest.raises(
+        ValueError, match="Choices, whose observations hold no stock; this algorithm needs stock/Choices"
+    ):
         small_agent(by_hand.Choices())
     with pytest.raises(ValueError, match=r"observations of Pictures have shape \(10, 10, 4\); a stock can be added to"):
         augmented(by_hand.Pictures())

@@ -145,7 +145,7 @@ def test_even_fractions_are_qr_dqn(kappa):
     quantiles, target = jnp.array([[0.0, 1, 2, 4]]), jnp.array([[0.5, 1.5, 3]])
     middles = fqf.staircase(jnp.zeros((1, 4))).middles
     expected = jax.value_and_grad(qr_dqn.loss_of)(quantiles, target, kappa)
-    actual = jax.value_and_grad(fqf.loss_of)(quantiles, middles, target, kappa)
+    actual = jax.value_and_grad(fqf.loss_of)(quantiles, middles, target, None, kappa)
     assert actual[0] == pytest.approx({0.0: 1.375, 1.0: 0.8541667, 2.0: 0.5625}[kappa], rel=1e-6)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), actual, expected)
 
@@ -262,10 +262,11 @@ def slow_update(learner, batch: dict, config) -> dict:
         best = int(np.argmax(q_values))
         differs.append(best != np.argmax(following[b].mean(-1)))
         target = batch["reward"][b] + batch["discount"][b] * following[b, best]
-        loss, row = implicit_by_hand.quantile_huber(quantiles[b, action], middles[b], target, config.kappa)
+        weights = next_masses[b] if config.target_weights == "mass" else None
+        loss, row = implicit_by_hand.quantile_huber(quantiles[b, action], middles[b], target, config.kappa, weights)
         slope[b, action] = row / size
         losses.append(loss)
-        targets.append(target.mean())
+        targets.append(next_masses[b] @ target)
         values.append(masses[b] @ quantiles[b, action])
         # The slope of the Wasserstein-1 error in each edge, of all edges in the masses below them, of the entropy.
         at_masses = config.entropy_weight * (np.log(masses[b]) + 1)
@@ -293,7 +294,11 @@ def slow_update(learner, batch: dict, config) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{"entropy_weight": 0.2}, {"num_steps": 3}], ids=["entropy", "three_steps"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"entropy_weight": 0.2}, {"num_steps": 3, "target_weights": "equal"}],
+    ids=["entropy", "three_steps_equal_weights"],
+)
 def test_updates_equal_loops_in_numpy(settings):
     agent, config = by_hand.agent_on(fqf, by_hand.Choices(), **by_hand.TINY_VALUE, **SIZES, **settings)
     step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(4))

@@ -94,7 +94,7 @@ def slow_row(kernel, derivative):
 @pytest.mark.parametrize(
     ("settings", "row"),
     [
-        ({}, slow_row(*gaussians([2**i for i in range(-2, 9)], [2 ** (i / 2) for i in range(-2, 9)]))),
+        ({}, slow_row(*gaussians([4.0**i for i in range(-1, 8)], [2.0**i for i in range(-1, 8)]))),
         (
             {"bandwidths": tuple(float(h) for h in range(1, 11)), "bandwidth_exponent": 0.0, "num_steps": 3},
             slow_row(*gaussians(range(1, 11), [1] * 10)),

@@ -450,7 +450,7 @@ def tiny():
 def test_updates_equal_loops_in_numpy(tiny, actor_dropout, critic_dropout):
     config, make, init, step = tiny
     config = dataclasses.replace(config, actor_dropout=actor_dropout, critic_dropout=critic_dropout)
-    agent, state = make(config), init(config, jax.random.key(3))
+    agent, state, dropped = make(config), init(config, jax.random.key(3)), 0
     for iteration in range(5):
         # The keys as `step` splits them: one environment step, one update.
         key, act_key, _ = jax.random.split(jax.random.clone(state.key), 3)
@@ -459,9 +459,13 @@ def test_updates_equal_loops_in_numpy(tiny, actor_dropout, critic_dropout):
         before, (state, metrics) = state.learner, step(config, state)
         after = state.learner
 
-        # What was done is a sample of the policy without dropout.
-        noise = np.asarray(jax.random.normal(jax.random.split(act_key)[0], (2, 2)), np.float64)
-        done, _, _ = slow_sample(network(before.actor), np.asarray(observation), noise, [1, 1], 0)
+        # What was done is a sample of the policy with dropout, as it is in the authors' code.
+        noise_key, dropout_key = jax.random.split(act_key)
+        noise = np.asarray(jax.random.normal(noise_key, (2, 2)), np.float64)
+        actor = stac.Actor(config.actor_hidden, 2)
+        kept = masks_of(actor, before.actor, (observation,), dropout_key, actor_dropout)
+        done, _, _ = slow_sample(network(before.actor), np.asarray(observation), noise, kept, actor_dropout)
+        dropped += sum(int((~mask).sum()) for mask in kept)
         stored = state.experience.replay.rows.action[position : position + 2]
         np.testing.assert_allclose(stored, done["action"], rtol=1e-3, atol=1e-5)
 
@@ -485,11 +489,12 @@ def test_updates_equal_loops_in_numpy(tiny, actor_dropout, critic_dropout):
         assert metrics.keys() - {"episode_return", "episode_length"} == expected["metrics"].keys()
         for name, value in expected["metrics"].items():
             assert metrics[name].total == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert (dropped > 0) == (actor_dropout > 0)
     rows = state.experience.replay.rows
     assert rows.terminated.any()
     assert (rows.truncated & ~rows.terminated).any()
 
-    # Evaluation and predictions drop nothing either.
+    # Evaluation and predictions drop nothing.
     outputs, _ = forward(network(after.actor), np.asarray(rows.observation), [1, 1], 0)
     acted = agent.act(state, rows.observation, jax.random.key(0))
     np.testing.assert_allclose(acted, np.tanh(outputs[:, :2]), rtol=1e-3, atol=1e-5)

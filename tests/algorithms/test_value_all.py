@@ -22,9 +22,9 @@ ALGORITHMS = {
 DISTRIBUTIONAL = [name for name in ALGORITHMS if name not in ("dqn", "os_c51")]
 FEW_ATOMS = {
     "dqn": {},
-    "c51": {"num_atoms": 7},
-    "os_c51": {"num_atoms": 7},
-    "rainbow": {"num_atoms": 7},
+    "c51": {"num_atoms": 7, "v_min": -10.0, "v_max": 10.0},
+    "os_c51": {"num_atoms": 7, "v_min": -10.0, "v_max": 10.0},
+    "rainbow": {"num_atoms": 7, "v_min": -10.0, "v_max": 10.0},
     "qr_dqn": {"num_quantiles": 6},
     "mmd_dqn": {"num_particles": 6},
     "iqn": {"num_fractions": 5, "num_target_fractions": 6, "num_policy_fractions": 7, "cosines": 8},
@@ -202,7 +202,7 @@ def test_every_float_does_what_it_says_in_one_program(name):
 
     learned = {"network", "target_network", "optimizer"} | ({"priorities"} & parts.keys())
     of_the_loss = {"discount", "learning_rate", "adam_epsilon", "kappa", "v_min", "v_max", "bandwidth_exponent"}
-    of_the_loss |= {"priority_exponent", "huber_threshold"}
+    of_the_loss |= {"priority_exponent", "huber_threshold", "reward_clip"}
     for field in of_the_loss & feels.keys():  # the proposal sees other features, the second time
         assert feels[field] - {"proposal"} == learned, field
     for field in ("epsilon_start", "epsilon_end"):
@@ -228,7 +228,9 @@ def test_every_other_field_changes_the_program(name):
         agent = ALGORITHMS[name].make_agent(config, env, env.default_params)
         return str(jax.make_jaxpr(lambda key: agent.step(agent.init(key)))(jax.random.key(0)))
 
-    others = {"hidden": (9, 7), "bandwidths": (1.0, 4.0), "risk": "cvar:0.3", "kernel": "energy"}
+    others = {
+        "hidden": (9, 7), "bandwidths": (1.0, 4.0), "risk": "cvar:0.3", "kernel": "energy", "target_weights": "equal"
+    }  # fmt: skip
     original = program(config)
     assert program(config) == original  # the text depends on nothing but the program
     fields = {field.name for field in dataclasses.fields(config)} - set(float_fields(config))
@@ -555,11 +557,53 @@ def test_every_number_has_a_range(name):
             bad_values.append(-1)
         if field.name in ("discount", "epsilon_start", "epsilon_end", "importance_exponent"):
             bad_values.append(1.001)
-        if field.name in ("adam_epsilon", "huber_threshold") or isinstance(value, int):
+        if field.name == "adam_epsilon" or isinstance(value, int):
             bad_values.append(0)
         for bad in bad_values:
             with pytest.raises(ValueError, match=re.escape(f"{option} is {bad}; it must be ")):
                 check_configuration(dataclasses.replace(config, **{field.name: bad}))
+
+
+@every_algorithm
+def test_conventions_of_atari_stand_with_clipped_rewards_only(name):
+    """What belongs to rewards of at most 1, cut, is in the paper's preset, where they are; never in a default."""
+    config, paper = ALGORITHMS[name].Config(), ALGORITHMS[name].PRESETS["paper"]
+    assert (config.reward_clip, paper["reward_clip"]) == (0, 1)
+    if name == "dqn":
+        assert (config.huber_threshold, paper["huber_threshold"]) == (0, 1)
+    if name in ("c51", "os_c51", "rainbow"):
+        assert (paper["v_min"], paper["v_max"]) == (-10, 10)
+        # Rewards of at most 1 for ever stay inside the default.
+        assert config.v_max == -config.v_min == pytest.approx(1 / (1 - config.discount))
+    if name == "mmd_dqn":
+        assert max(paper["bandwidths"]) == 10
+        assert max(config.bandwidths) >= 1 / (1 - config.discount) ** 2
+
+
+FRAMES = 4  # of the game, per agent step, of which four are taken per update
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup_frames", "target_frames", "epsilon_frames"),
+    [
+        ("dqn", 200_000, 160_000, 4_000_000),  # Nature's table counts the target's period in updates
+        ("c51", 200_000, 40_000, 4_000_000),
+        ("qr_dqn", 200_000, 40_000, 4_000_000),
+        ("iqn", 200_000, 40_000, 4_000_000),
+        ("fqf", 200_000, 40_000, 4_000_000),
+        ("mmd_dqn", 200_000, 40_000, 4_000_000),
+        ("os_c51", 320_000, 40_000, 4_000_000),
+        ("rainbow", 80_000, 32_000, None),
+    ],
+)
+def test_paper_presets_count_in_the_right_units(name, warmup_frames, target_frames, epsilon_frames):
+    """Frames as DQN Zoo and the authors' configurations state them; ours count agent steps and updates."""
+    paper = ALGORITHMS[name].PRESETS["paper"]
+    assert (paper["num_envs"], paper["steps_per_iteration"], paper["updates_per_iteration"]) == (1, 4, 1)
+    assert paper["warmup_steps"] * FRAMES == warmup_frames
+    assert paper["target_period"] * 4 * FRAMES == target_frames
+    if epsilon_frames:
+        assert paper["exploration_steps"] * FRAMES == epsilon_frames
 
 
 @every_algorithm

@@ -218,6 +218,8 @@ def test_loss_rejects_bad_arguments():
         quantile.quantile_huber_loss(predicted, predicted, fractions, over_predicted="mean")
     with pytest.raises(ValueError, match="num_quantiles is 0; it must be at least 1"):
         quantile.midpoints(0)
+    with pytest.raises(ValueError, match="num_quantiles is 2147483647; it must be at least 1 and at most 1048576"):
+        quantile.midpoints(2**31 - 1)  # before gigabytes are filled
 
 
 # -- sorting ----------------------------------------------------------------------------------------------------------

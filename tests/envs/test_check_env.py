@@ -1,12 +1,12 @@
 import jax
 import pytest
-from toy_environments import BROKEN, DeterministicLine, Line, WeakTime
+from toy_environments import BROKEN, BoundsByJax, DeterministicLine, Line, ShowsLimit, WeakTime
 
 from jaxrl_dist.envs import EnvironmentCheckError, check_env, make
 from jaxrl_dist.envs.probe import probe_params
 
 
-@pytest.mark.parametrize("environment", [Line, DeterministicLine])
+@pytest.mark.parametrize("environment", [Line, DeterministicLine, BoundsByJax])
 def test_correct_environments_pass_without_warning(environment):
     assert check_env(environment()) == []
 
@@ -22,6 +22,14 @@ def test_weak_types_are_a_warning():
     (warning,) = check_env(WeakTime())
     assert "state" in warning
     assert "compiles twice" in warning
+
+
+def test_a_time_limit_with_another_meaning_is_a_warning():
+    class PaysByLimit(ShowsLimit):
+        part = "reward"
+
+    (warning,) = check_env(PaysByLimit())
+    assert "calibration will be off" in warning
 
 
 def test_missing_methods_are_named_together():

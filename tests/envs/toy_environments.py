@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from gymnax.environments import spaces
+from gymnax.environments import environment, spaces
 
 
 @struct.dataclass
@@ -149,6 +149,41 @@ class WideActions(Line):
     """allowed: Discrete, or Box(-1, 1)"""
 
     bound = 2.0
+
+
+class UnboundedActions(Line):
+    """Box(low=-inf, high=inf, shape=(1,), dtype=float32) (continuous), allowed: Discrete, or Box(-1, 1)"""
+
+    bound = np.inf
+
+
+class SeveralActions(Line):
+    """(a tuple), allowed: Discrete, or Box(-1, 1)"""
+
+    def action_space(self, params: Any = None) -> spaces.Tuple:
+        return spaces.Tuple((spaces.Discrete(2), spaces.Discrete(3)))
+
+
+class DictObservations(Line):
+    """(a dict), allowed: Box"""
+
+    def observation_space(self, params: Any = None) -> spaces.Dict:
+        return spaces.Dict({"position": super().observation_space(params)})
+
+
+class NumberedStates(Line):
+    """(discrete), allowed: Box (see envs.one_hot_observations"""
+
+    def observation_space(self, params: Any = None) -> spaces.Discrete:
+        return spaces.Discrete(20)
+
+
+class SpaceBranches(Line):
+    """cannot be used while an agent is traced: TracerBoolConversionError"""
+
+    def observation_space(self, params: Any = None) -> spaces.Box:
+        high = 10.0 * jnp.ones(1)
+        return spaces.Box(-high, high if high[0] > 0 else -high, (1,))
 
 
 class WrongSpaceShape(Line):
@@ -302,6 +337,11 @@ BROKEN = [
     FinalIsNext,
     FinalIsWrong,
     WideActions,
+    UnboundedActions,
+    SeveralActions,
+    DictObservations,
+    NumberedStates,
+    SpaceBranches,
     WrongSpaceShape,
     OutsideSpace,
     ChangingDtype,
@@ -334,3 +374,63 @@ class WeakTime(Line):
 
     def restart(self, key, old, successor):
         return self.start(key).replace(time=jnp.zeros((), jnp.int32))
+
+
+class BoundsByJax(Line):
+    """Correct: agents ask for the bounds outside of their trace."""
+
+    def action_space(self, params: Any = None) -> spaces.Box:
+        return spaces.Box(-jnp.ones(1), jnp.ones(1), (1,))
+
+
+class ShowsLimit(Line):
+    """Correct, but the limit means two things: the part of the results named `part` shows the share that has passed."""
+
+    part = "observation"
+
+    def step(self, key: jax.Array, state: LineState, action: jax.Array, params: LineParams) -> tuple:
+        observation, state, reward, terminated, truncated, info = super().step(key, state, action, params)
+        passed = state.time / params.max_steps_in_episode
+        if self.part == "observation":
+            observation, info = observation + passed, {"final_observation": info["final_observation"] + passed}
+        elif self.part == "reward":
+            reward += passed
+        elif self.part == "terminated":
+            terminated |= passed > 0.5
+        return observation, state, reward, terminated, truncated, info
+
+
+class StartsByLimit(Line):
+    """The same in the state that a reset draws."""
+
+    def reset(self, key: jax.Array, params: LineParams) -> tuple:
+        state = self.start(key)
+        state = state.replace(position=state.position / params.max_steps_in_episode)
+        return self.observe(state), state
+
+
+class HidesLimit(environment.Environment):
+    """The same in a part of the state that shows one step later; with a `step_env`, as gymnax's own have it."""
+
+    default_params = LineParams()
+
+    def reset_env(self, key: jax.Array, params: LineParams) -> tuple:
+        state = LineState(jax.random.uniform(key, (), minval=-1, maxval=1), jnp.zeros((), jnp.int32))
+        return state.position[None], state
+
+    def step_env(self, key: jax.Array, state: LineState, action: jax.Array, params: LineParams) -> tuple:
+        successor = LineState(state.position + 1 / params.max_steps_in_episode, state.time + 1)
+        return state.position[None], successor, state.position, jnp.array(False), {}
+
+    def action_space(self, params: Any = None) -> spaces.Box:
+        return spaces.Box(-1.0, 1.0, (1,))
+
+    def observation_space(self, params: Any = None) -> spaces.Box:
+        return spaces.Box(-10.0, 10.0, (1,))
+
+
+class CountsByLimit(Line):
+    """A limit that must be a number while the environment is traced."""
+
+    def step(self, key: jax.Array, state: LineState, action: jax.Array, params: LineParams) -> tuple:
+        return super().step(key, state, action / len(range(params.max_steps_in_episode)), params)

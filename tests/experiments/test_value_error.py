@@ -38,7 +38,7 @@ def test_states_are_drawn_from_all_snapshots_of_their_own_seed(laboratory):
 
     def snapshot(time):
         number = 100 * time + 10 * np.arange(2)[:, None] + np.arange(3)  # time, seed, environment
-        return interaction.Interaction(number, number[..., None], number.astype(float), number)
+        return interaction.Interaction(number, number[..., None], number.astype(float), number, number)
 
     drawn = measure.drawn([snapshot(time) for time in range(4)], np.random.default_rng(0))
     assert drawn.environment.shape == (2, 400)

@@ -153,7 +153,7 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
 def _description(make_agent, preset_name: str) -> str:
     text = (sys.modules[make_agent.__module__].__doc__ or "").strip().split("\n\n")
     shown = f"The defaults shown are those of the preset {preset_name}.\n\n" if preset_name else ""
-    return f"{text[0]}\n\n{text[1]}\n\n{shown}"
+    return "\n\n".join([*text[:2], shown])
 
 
 @contextlib.contextmanager

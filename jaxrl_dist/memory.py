@@ -1,9 +1,8 @@
 """How much memory a run will hold in each of its phases, before anything is compiled, and how much there is.
 
 What is known before compiling is the state of all runs, shape by shape, and the traced programs. `live_bytes` walks
-through a program and adds up what must be held at once where every result goes into the memory of an operand of its
-size that is needed no more, as XLA arranges it. What it cannot know: which intermediate results XLA fuses away, and
-what compiling leaves behind (`COMPILING_BYTES`). `experiments/memory` compares predictions with measured peaks.
+through a program and adds up what must be held at once, much as XLA arranges it. What it cannot know is what compiling
+leaves behind (`COMPILING_BYTES`). `experiments/memory` compares predictions with measured peaks.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ from jaxrl_dist.agent import ConfigurationError, option, require
 from jaxrl_dist.checkpointing import BLOCK_BYTES, bytes_to_write, megabytes
 from jaxrl_dist.problem import Problem
 from jaxrl_dist.replay import Replay
+from jaxrl_dist.wording import counted
 
 # What compiling all programs of a run leaves in the process on a CPU (experiments/memory).
 COMPILING_BYTES = 300 * 2**20
@@ -32,6 +32,16 @@ PHASES = {
     "begin": "filling the replay", "advance": "training", "evaluate": "evaluating", "calibrate": "calibrating",
     "save": "saving a checkpoint", "load": "loading a checkpoint",
 }  # fmt: skip
+_CALLS = {"pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
+_ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "div", "eq", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
+    "neg", "not", "or", "pow", "rem", "reshape", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "slice", "sqrt", "square", "squeeze",
+    "stop_gradient", "sub", "tanh", "transpose", "xor",
+}  # fmt: skip
+_FUSED = _ELEMENTWISE | {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"}
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 
@@ -133,15 +143,22 @@ def summary(programs: training.Programs) -> str:
 
 def _cause(problem: Problem, programs: training.Programs, prediction: Prediction, available: int) -> str:
     """What takes most of the memory, and the setting to which it belongs."""
-    options, temporary, state = problem.options, prediction.temporary, sum(prediction.fields.values())
-    name, size = max(prediction.fields.items(), key=lambda item: item[1])
-    causes = {f"{name}{_setting(problem, programs, name)}": size}
+    options, temporary, fields = problem.options, prediction.temporary, prediction.fields
+    by_setting: dict[str, list[str]] = {}
+    for name in sorted(fields, key=lambda name: -fields[name]):
+        by_setting.setdefault(_setting(problem, programs, name) or name, []).append(name)
+    causes = {}
+    for setting, names in by_setting.items():
+        more = f" and {counted(len(names) - 1, 'field')} like it" if len(names) > 1 else ""
+        causes[f"{names[0]}{more}" + (f" ({setting})" if setting != names[0] else "")] = sum(map(fields.get, names))
     if "evaluate" in temporary:
         causes[f"the evaluation (--eval-episodes {options.eval_episodes})"] = temporary["evaluate"]
     if "calibrate" in temporary:
         how = f"--eval-states {options.eval_states} x --eval-rollouts {options.eval_rollouts}"
         causes[f"the calibration ({how})"] = temporary["calibrate"]
-    if temporary["advance"] > 2 * state:  # otherwise they are gradients and copies of what the state holds
+    if temporary["advance"] > 2 * sum(
+        fields.values()
+    ):  # otherwise they are gradients and copies of what the state holds
         batch = getattr(problem.config, "batch_size", None)
         causes["the batches of an update" + (f" (--batch-size {batch})" if batch else "")] = temporary["advance"]
     worst = max(causes, key=causes.__getitem__)
@@ -153,17 +170,17 @@ def _cause(problem: Problem, programs: training.Programs, prediction: Prediction
 
 
 def _setting(problem: Problem, programs: training.Programs, field: str) -> str:
-    """` (--OPTION VALUE)` for the setting that says how large a field of the state is, as far as its sizes tell."""
+    """`--OPTION VALUE`, the setting that says how large a field of the state is, as far as its sizes tell; else ''."""
     node = _fields(programs)[field]
     settings = {each.name: getattr(problem.config, each.name) for each in dataclasses.fields(problem.config)}
     if isinstance(node, Replay):
         rows = f"{jax.tree.leaves(node.rows)[0].shape[1]:,} rows"
-        return f" ({rows}, --replay-capacity)" if "replay_capacity" in settings else f" ({rows})"
+        return f"{rows}, --replay-capacity" if "replay_capacity" in settings else rows
     for size in sorted(node.shape[1:], reverse=True):
         for name, value in settings.items():
             given = value if isinstance(value, tuple) else (value,)
-            if size in [x for x in given if isinstance(x, int) and not isinstance(x, bool)]:
-                return f" ({option(name)} {' '.join(map(str, given))})"
+            if size > 1 and size in [x for x in given if isinstance(x, int) and not isinstance(x, bool)]:
+                return f"{option(name)} {' '.join(map(str, given))}"
     return ""
 
 
@@ -192,37 +209,71 @@ def _of_one_device(traced: Any) -> int:
 def live_bytes(jaxpr: core.Jaxpr) -> int:
     """The most bytes that a program holds at once, its results included and its arguments not.
 
-    A result takes no memory of its own where an operand of its size is needed no more, a loop's carry for one.
+    A result takes no memory of its own where it is elementwise and only goes into results like it, into which XLA fuses
+    it; or where an operand of its size is needed no more, a loop's carry for one.
     """
     return _live_bytes(jaxpr, {})
+
+
+class _Step(NamedTuple):
+    """One operation; operands and results are numbers of values, None for what takes no memory worth counting."""
+
+    name: str
+    operands: list[int | None]
+    results: list[int | None]
+    inner: list[core.Jaxpr]
 
 
 def _live_bytes(jaxpr: core.Jaxpr, known: dict[int, int]) -> int:
     if id(jaxpr) in known:
         return known[id(jaxpr)]
-    operands = [dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)) for eqn in jaxpr.eqns]
-    last_use = {v: place for place, variables in enumerate(operands) for v in variables}
-    last_use |= {v: len(operands) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    theirs = {*jaxpr.invars, *jaxpr.constvars}  # variables in memory of the caller
+    sizes, steps = [_bytes(v) for v in jaxpr.invars], []
+    theirs = set(range(len(sizes)))  # values in memory of the caller
+    results = _flatten(jaxpr, list(theirs), sizes, steps)
+    last_use = {value: place for place, step in enumerate(steps) for value in step.operands}
+    last_use |= dict.fromkeys(results, len(steps))
+    stored = {value for step in steps if step.name not in _FUSED for value in step.operands} | {*results}
+    for step in steps:
+        for value in {*step.results} - stored if step.name in _ELEMENTWISE else ():
+            sizes[value] = 0
     live = peak = 0
-    for place, eqn in enumerate(jaxpr.eqns):
-        ending = [v for v in operands[place] if last_use[v] == place]
+    for place, step in enumerate(steps):
+        ending = [value for value in dict.fromkeys(step.operands) if last_use[value] == place]
         new = 0
-        for result in eqn.outvars:
-            taken = next((v for v in ending if _bytes(v) == _bytes(result)), None)
+        for result in step.results:
+            taken = next((value for value in ending if value is not None and sizes[value] == sizes[result]), None)
             if taken is None:
-                new += _bytes(result)
+                new += sizes[result]
                 continue
             ending.remove(taken)
             if taken in theirs:
                 theirs.add(result)
-        inside = max((_live_bytes(inner, known) for inner in _inner(eqn)), default=0)
+        inside = max((_live_bytes(inner, known) for inner in step.inner), default=0)
         # The results of a loop stand beside what each turn needs; those of other inner programs are among it.
-        peak = max(peak, live + (new + inside if eqn.primitive.name in ("while", "scan") else max(new, inside)))
-        unused = [v for v in eqn.outvars if v not in last_use]
-        live += new - sum(_bytes(v) for v in (*ending, *unused) if v not in theirs)
+        peak = max(peak, live + (new + inside if step.name in ("while", "scan") else max(new, inside)))
+        unused = [value for value in step.results if value not in last_use]
+        live += new - sum(sizes[value] for value in (*ending, *unused) if value is not None and value not in theirs)
     known[id(jaxpr)] = peak
     return peak
+
+
+def _flatten(jaxpr: core.Jaxpr, arguments: list[int | None], sizes: list[int], steps: list[_Step]) -> list[int | None]:
+    """Appends the operations of a program to `steps`, those of the functions that it calls in their places."""
+    scope = dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(v: Any) -> int | None:
+        return None if isinstance(v, core.Literal) else scope.get(v)
+
+    for eqn in jaxpr.eqns:
+        operands, inner = [read(v) for v in eqn.invars], list(_inner(eqn))
+        if eqn.primitive.name in _CALLS and len(inner) == 1 and len(inner[0].invars) == len(operands):
+            results = _flatten(inner[0], operands, sizes, steps)
+        else:
+            results = [len(sizes) + number for number in range(len(eqn.outvars))]
+            sizes += [_bytes(v) for v in eqn.outvars]
+            steps.append(_Step(eqn.primitive.name, operands, results, inner))
+        scope |= zip(eqn.outvars, results, strict=True)
+    return [read(v) for v in jaxpr.outvars]
 
 
 def _bytes(variable: Any) -> int:

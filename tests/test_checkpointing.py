@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_dist.checkpointing import Checkpoints, DamagedCheckpoint
+from jaxrl_dist import checkpointing
+from jaxrl_dist.checkpointing import CheckpointNotWritten, Checkpoints, DamagedCheckpoint
 
 
 class Replay(NamedTuple):
@@ -354,6 +357,90 @@ def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path, monkeypatch):
     assert checkpoints.iterations() == [2]
 
 
+def test_a_disk_that_fills_up_in_a_save_is_one_line_and_leaves_the_earlier_ones(tmp_path):
+    """A limit on the size of files stands for the disk: writing stops in the middle of an array."""
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints.save(1, {"x": jnp.zeros(4)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(
+            CheckpointNotWritten, match=r"checkpoint 2 could not be written to .*run/checkpoints \(File "
+        ) as raised:
+            checkpoints.save(2, {"a": jnp.ones(4), "x": jnp.zeros((100, 100))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(raised.value)
+    assert "it needs 0.0 MiB" in str(raised.value)
+    assert str(raised.value).endswith("MiB are free; intact are the checkpoints [1]")
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["1"]
+    assert checkpoints.newest_intact() == (1, [])
+    checkpoints.save(2, {"x": jnp.zeros((100, 100))})
+    assert checkpoints.newest_intact() == (2, [])
+
+
+def test_nothing_is_begun_where_the_disk_has_no_room(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    tree = {"x": jnp.zeros((1024, 1024)), "key": jax.random.key(0)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**22}))
+    with pytest.raises(
+        CheckpointNotWritten, match=r"No space left on device\): it needs 4.0 MiB, 4.0 MiB are free; there"
+    ):
+        checkpoints.save(1, tree)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**22 + 8}))
+    checkpoints.save(1, tree)
+
+
+def test_a_run_whose_folder_is_gone_is_not_begun_anew(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(1, {"x": jnp.zeros(4)})
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointNotWritten, match=r"checkpoint 2 could not be written .*the folder .*run is gone"):
+        checkpoints.save(2, {"x": jnp.zeros(4)})
+    assert not folder.exists()
+
+
+def test_blocks_make_up_an_array_of_any_shape(tmp_path, monkeypatch):
+    """Blocks so small that rows, planes and single numbers are cut, and pieces of other devices read across."""
+    monkeypatch.setattr(checkpointing, "BLOCK_BYTES", 16)
+    tree = {
+        str(shape): jnp.arange(np.prod(shape, dtype=int)).reshape(shape) for shape in ((), (7,), (2, 3, 5), (3, 1, 4))
+    }
+    tree |= {"half": jnp.linspace(0, 1, 30, dtype=jnp.bfloat16).reshape(5, 6), "host": np.arange(9.0).reshape(3, 3)}
+    Checkpoints(tmp_path).save(1, tree)
+    assert bits(Checkpoints(tmp_path).load(1, tree)) == bits(tree)
+    file = tmp_path / "1" / "arrays" / "0" / str(sorted(tree).index("(2, 3, 5)"))
+    np.testing.assert_array_equal(np.fromfile(file, np.int32).reshape(2, 3, 5), tree["(2, 3, 5)"])
+
+
+def test_what_is_said_about_a_checkpoint_comes_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.zeros(4)}, {"tables": {"metrics.csv": [3, "abc"]}})
+    checkpoints.save(2, {"x": jnp.zeros(4)})
+    assert checkpoints.about(1) == {"tables": {"metrics.csv": [3, "abc"]}}
+    assert checkpoints.about(2) == {}
+    with pytest.raises(TypeError):
+        checkpoints.save(3, {"x": jnp.zeros(4)}, {"x": jnp.zeros(4)})
+    assert checkpoints.iterations() == [1, 2]
+    manifest = tmp_path / "1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("abc", "abd"))
+    with pytest.raises(DamagedCheckpoint, match="checksum"):
+        checkpoints.about(1)
+
+
+def test_a_checkpoint_of_another_format_is_not_taken_for_a_damaged_one(checkpoint):
+    """Or `auto` would begin anew and remove it."""
+    manifest = checkpoint / "manifest.json"
+    content = manifest.read_text().partition("\n")[2].replace('"format": 2,', "")
+    manifest.write_text(f"{checkpointing._digest(content.encode())}\n{content}")
+    with pytest.raises(ValueError, match="another version of jaxrl-dist, in format 1") as raised:
+        Checkpoints(checkpoint.parent).newest_intact()
+    assert not isinstance(raised.value, DamagedCheckpoint)
+
+
 # -------------------------------------------------------------------------------------------------- mismatch
 
 
@@ -429,7 +516,7 @@ def test_saved_on_eight_or_two_devices_and_loaded_on_one_and_back(tmp_path):
         [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert finished.stdout == "everything asserted\n", finished.stderr
-    assert finished.stderr == ""  # no word from orbax or absl on the user's terminal
+    assert finished.stderr == ""  # no word from a library on the user's terminal
     assert jax.device_count() == 1
     for devices in (8, 2):
         for like in (sharded_state(1, seed=0), shapes_of(sharded_state(1, seed=0))):

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from toys import run_with_devices
 
-from jaxrl_dist import cli, problem, recording, runner, study, tables
+from jaxrl_dist import cli, memory, problem, recording, runner, study, tables
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.checkpointing import Checkpoints
@@ -140,15 +140,16 @@ def test_every_configuration_is_checked_before_anything_compiles(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_waves_fill_half_of_the_free_memory(monkeypatch, tmp_path):
-    """Predicted without building programs, and equal to what the programs of one configuration need."""
+def test_waves_fill_what_is_comfortable_of_the_available_memory(monkeypatch, tmp_path):
     one = problem.prepare("tqc", tqc.make_agent, CONFIG, OPTIONS)
-    needed = runner.bytes_of(runner.make_programs(one).abstract_training)
+    programs = runner.make_programs(one)
+    prediction, compiling = memory.predict(programs), memory.COMPILING_BYTES
     waves = study.Waves(tmp_path, dict(enumerate([one] * 9)), OPTIONS, Console(quiet=True))
-    monkeypatch.setattr(runner, "make_programs", lambda *_: pytest.fail("builds programs"))
-    for free, sizes in ((8 * needed, [3, 3, 3]), (8 * needed - 1, [3, 3, 3]), (10 * needed, [5, 4]), (None, [9])):
-        monkeypatch.setattr(runner, "available_bytes", lambda free=free: free)
-        assert [len(wave.numbers) for wave in waves.cut(f"{free}", range(9)).values()] == sizes
+    monkeypatch.setattr(runner, "make_programs", lambda *_: programs)
+    for configurations, sizes in ((0.5, [1] * 9), (4.5, [3, 3, 3]), (5.5, [5, 4]), (None, [9])):
+        room = configurations and (configurations * prediction.of_the_runs + compiling) / memory.COMFORTABLE
+        monkeypatch.setattr(memory, "available_bytes", lambda room=room: room)
+        assert [len(wave.numbers) for wave in waves.cut(f"{room}", range(9)).values()] == sizes
 
 
 def test_a_ranking_fits_eighty_columns():

@@ -291,7 +291,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, key)
-            value = gaussian.value(risk, *moments(learner.critic, batch.observation, action))
+            mean, std = moments(learner.critic, batch.observation, action)
+            # In the environment's units, for mean-variance is not proportional to them.
+            value = config.reward_scale * gaussian.value(risk, mean / config.reward_scale, std / config.reward_scale)
             return actor_loss(value, log_density, temperature), log_density
 
         (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)

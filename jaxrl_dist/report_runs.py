@@ -126,8 +126,6 @@ def read_runs(path: Path) -> list[Run]:
 
 def _configuration(path: Path, waves: Sequence[Path], number: int) -> Run:
     """One configuration of a study as a run of its own, put together from the waves in which it took part."""
-    from jaxrl_dist import study
-
     abouts = [recording.read_config(wave) for wave in waves]
     own = [(wave, about) for wave, about in zip(waves, abouts, strict=True) if number in about["configurations"]]
     joined = [
@@ -136,7 +134,7 @@ def _configuration(path: Path, waves: Sequence[Path], number: int) -> Run:
     ]
     about = own[-1][1]
     first_run = about["configurations"].index(number) * about["options"]["num_seeds"]
-    single = study.read(path)["config"]
+    single = recording.read_json(path / "study.json", {"config": dict})["config"]
     # Along the runs of a wave lie the floats, which are single numbers in the study's own configuration.
     config = {
         name: value[first_run] if isinstance(value, list) and not isinstance(single.get(name), list) else value

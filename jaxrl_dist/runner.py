@@ -298,6 +298,7 @@ class _Session:
             return self.programs.begin(self.training_keys), 0
         iteration = self.past.iteration
         state = self._load(iteration)
+        self.largest_bonus = np.asarray(self.past.about["largest_bonus"])
         # What lies beyond the checkpoint will be done again.
         recorder.truncate_after(iteration, self.env_steps(iteration), self.past.seal)
         self.checkpoints.remove_after(iteration)
@@ -322,7 +323,7 @@ class _Session:
         """The states of this wave's runs at the end of `sources`, whose other runs stay behind."""
         like = self.programs.abstract_training
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # all runs may not fit a device
-        parts, found = [], []
+        parts, bonus, found = [], [], []
         for folder in sources:
             there = recording.read_config(folder, {"configurations": list})["configurations"]
             wanted = [number for number in there if number in self.problem.configurations]
@@ -339,9 +340,11 @@ class _Session:
             seconds = jax.ShapeDtypeStruct((), np.float64)
             loaded = checkpoints.load(iteration, {"training": abstract, "seconds": seconds})
             parts.append(training.take_runs(loaded["training"], runs))
+            bonus.append(np.asarray(checkpoints.about(iteration)["largest_bonus"])[runs])
             self.training_seconds = max(self.training_seconds, float(loaded["seconds"]))
             found += wanted
         require(tuple(found) == tuple(self.problem.configurations), f"{sources} hold the configurations {found}")
+        self.largest_bonus = np.concatenate(bonus)
         return training.join_runs(parts, loaded["training"], jax.tree.map(lambda x: x.sharding, like)), iteration
 
     def _description(self) -> dict[str, Any]:
@@ -573,7 +576,8 @@ class _Session:
 
     def _save(self, state: training.Training, iteration: int, recorder: recording.Recorder) -> None:
         tree = {"training": state, "seconds": np.float64(self.training_seconds)}
-        self.checkpoints.save(iteration, tree, about={"tables": recorder.seal()})
+        about = {"tables": recorder.seal(), "largest_bonus": self.largest_bonus.tolist()}
+        self.checkpoints.save(iteration, tree, about)
 
     def _headline(self) -> str:
         return "return IQM ..." if self.last_returns is None else progress.headline(self.last_returns)

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from toys import LearnerConfig, make_learner
 
-from jaxrl_dist import cli, optuna_study, problem, recording, runner
+from jaxrl_dist import cli, memory, optuna_study, problem, recording, runner
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.sweeps import Range, SweepOptions
 
@@ -63,6 +63,7 @@ def trained(monkeypatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(runner, "train", formula)
     monkeypatch.setattr(runner, "make_programs", lambda one: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
     return waves
 
 
@@ -180,6 +181,7 @@ def test_a_configuration_that_cannot_work_or_breaks_is_a_failed_trial(tmp_path, 
 def test_widths_are_choices_and_a_range_may_have_a_count(tmp_path, monkeypatch):
     """What the command line makes of words reaches Optuna as distributions, and comes back as values of the fields."""
     found = {}
+    monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
 
     def proposed(algorithm, make_agent, config, options, axes, console, sweep):
         (tmp_path / "some").mkdir()

@@ -207,7 +207,7 @@ def test_a_study_shows_who_diverged_and_prefers_who_did_not(tmp_path):
     assert list(ranking.configuration) == [1, 0, 2]
     assert list(ranking.diverged) == [0, 1, 1]
     assert list(ranking.left_out) == [0, 1, 0]
-    for column in ("diverged", "left_out"):
+    for column in ("diverged", "left out"):
         assert column in said
     assert (folder / "ranking.png").read_bytes().startswith(b"\x89PNG")
     assert set(pd.read_csv(folder / "results.csv").diverged_metric.dropna()) == {"loss"}

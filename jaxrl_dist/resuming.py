@@ -22,8 +22,8 @@ FIXED = (
 class Past(NamedTuple):
     """Where a run goes on.
 
-    description: its `config.json`. about: what was stored about its checkpoint (`runner`). seal: what its tables were at
-    the checkpoint (`recording.check_records`); empty where they are not what they were and the user said to go on.
+    description: its `config.json`. about: what was stored about its checkpoint. seal: what its tables were at the
+    checkpoint (`recording.check_records`); empty where they are not what they were and the user said to go on.
     """
 
     iteration: int

@@ -211,11 +211,11 @@ def return_distributions(
     batch = interaction.start(env, env_params, start_key, states)
     stop_at = jnp.arange(states) * spread // states
 
-    def wander(batch, time):
+    def wander(time, batch):
         moved, _ = _follow(agent, env, env_params, state, batch, jax.random.fold_in(spread_key, time))
-        return jax.tree.map(lambda new, old: _where(time < stop_at, new, old), moved, batch), None
+        return jax.tree.map(lambda new, old: _where(time < stop_at, new, old), moved, batch)
 
-    batch, _ = jax.lax.scan(wander, batch, jnp.arange(spread))
+    batch = jax.lax.fori_loop(0, spread, wander, batch)
     return return_distributions_from(
         agent, env, env_params, state, compare_key, batch, discount=discount, rollouts=rollouts, horizon=horizon
     )

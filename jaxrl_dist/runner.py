@@ -203,7 +203,11 @@ class _Session:
         finally:
             recorder.close()
         if self.stopped:
-            again = "" if self.problem.configurations else f"; continue with --name {self.folder.name} --resume latest"
+            again = (
+                ""
+                if self.problem.configurations
+                else f"; continue with --name {self.options.name or self.folder.name} --resume latest"
+            )
             self.console.print(f"stopped at iteration {iteration}{again}")
             raise KeyboardInterrupt
         self._print_results(iteration)

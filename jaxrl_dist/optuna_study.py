@@ -149,17 +149,14 @@ class _Proposals:
             self.study = optuna.create_study(
                 storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
             )
-            there = {
-                trial.number: self.values(trial.number) for trial in self.trials if trial.params.keys() == axes.keys()
-            }
+            whole = [trial.number for trial in self.trials if trial.params.keys() == axes.keys()]
+            there = {number: {"configuration": number, **self.values(number)} for number in whole}
         except Exception as error:  # of its own log Optuna says what Python says of it: KeyError, TypeError ...
             raise ValueError(f"{journal} is damaged ({type(error).__name__}: {error})") from error
         for configuration in trained:
             number = configuration["configuration"]
-            values = json.loads(json.dumps({"configuration": number, **there.get(number, {})}))
-            require(
-                values == configuration, f"{journal} has other values of trial {number} than study.json, or lacks it"
-            )
+            values = json.loads(json.dumps(there.get(number)))
+            require(values == configuration, f"{journal} has {values} as trial {number}, but study.json {configuration}")
 
     @property
     def trials(self) -> list:

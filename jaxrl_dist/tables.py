@@ -236,12 +236,12 @@ def _checked_columns(path: Path, text: str, needs: Sequence[str]) -> list[str]:
     reader = csv.reader(io.StringIO(text))
     try:
         columns = next(reader)
-        twice = [column for index, column in enumerate(columns) if column in columns[:index]]
-        if twice:
-            raise ValueError(f"{path} row 1: the column {twice[0]!r} is there twice")
         missing = [column for column in needs if column not in columns]
         if missing:
             raise ValueError(f"{path} row 1: no column {', '.join(missing)}")
+        twice = [column for index, column in enumerate(columns) if column in columns[:index]]
+        if twice:
+            raise ValueError(f"{path} row 1: the column {twice[0]!r} is there twice")
         for cells in reader:
             if len(cells) != len(columns):
                 raise ValueError(f"{path} row {reader.line_num}: {len(cells)} cells, but {len(columns)} columns")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -250,38 +251,39 @@ def lines(change):
     return damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "optuna.log").unlink(), "optuna.log does not exist, but the study has 3 trials"),
-        (lines(lambda lines: []), "optuna.log has other values of trial 0 than study.json"),
-        (lines(lambda lines: lines[:4]), "optuna.log has other values of trial 1 than study.json"),
-        (lines(lambda lines: [lines[0], b"{]\n", *lines[1:]]), "optuna.log is damaged"),
-        (lines(lambda lines: [lines[0], b"\xff\n", *lines[1:]]), "optuna.log is damaged"),
-        (lines(lambda lines: lines[1:]), "optuna.log has other values of trial 0"),
-        (lines(lambda lines: [line.replace(b'"push"', b'"shove"') for line in lines]), "has other values of trial 0"),
-        (lambda folder: (folder / "batch_000" / "waves.json").write_text("[[7]]"), "waves.json has trial 7, of which"),
-        (lambda folder: (folder / "study.json").write_text("{"), "study.json is damaged"),
-    ],
-)
-def test_a_damaged_record_is_one_line(tmp_path, trained, damage, message):
-    folder = train(tmp_path, 3)
-    damage(folder)
+DAMAGES = [
+    (lambda folder: (folder / "optuna.log").unlink(), "optuna.log does not exist, but the study has 2 trials"),
+    (lines(lambda lines: []), "optuna.log has other values of trial 0"),
+    (lines(lambda lines: lines[:5]), "optuna.log has other values of trial 1"),
+    (lines(lambda lines: [lines[0], b"{]\n", *lines[1:]]), "optuna.log is damaged"),
+    (lines(lambda lines: [lines[0], b"\xff\n", *lines[1:]]), "optuna.log is damaged"),
+    (lines(lambda lines: lines[1:]), "optuna.log "),
+    (lines(lambda lines: [line.replace(b'"push"', b'"shove"') for line in lines]), "has other values of trial 0"),
+    (lambda folder: (folder / "batch_000" / "waves.json").write_text("[[7]]"), "waves.json has trial 7, of which"),
+    (lambda folder: (folder / "study.json").write_text("{"), "study.json is damaged"),
+]
+
+
+def test_a_damaged_record_is_one_line(tmp_path, trained):
+    whole = train(tmp_path, 2)
     count = len(trained)
-    with pytest.raises(ValueError, match=message) as raised:
-        train(tmp_path, 3, resume="auto")
-    assert str(folder) in str(raised.value)
-    assert cli._is_ours(raised.value)
+    for number, (damage, message) in enumerate(DAMAGES):
+        folder = shutil.copytree(whole, whole.with_name(f"damaged_{number}"))
+        damage(folder)
+        with pytest.raises(ValueError, match=message) as raised:
+            train(tmp_path, 2, resume="auto", name=folder.name)
+        assert str(folder) in str(raised.value)
+        assert cli._is_ours(raised.value)
     assert len(trained) == count
 
 
 def test_a_torn_last_line_of_the_journal_is_dropped_and_what_it_told_told_again(tmp_path, trained):
-    folder = train(tmp_path, 3)
+    folder = train(tmp_path, 2)
     expected, count = told(folder), len(trained)
     path = folder / "optuna.log"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match="optuna.log: dropped an incomplete last line"):
-        train(tmp_path, 3, resume="auto")
+    with pytest.warns(UserWarning, match=r"optuna\.log: dropped an incomplete last line"):
+        train(tmp_path, 2, resume="auto")
     assert told(folder) == expected
     assert len(trained) == count
 

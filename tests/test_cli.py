@@ -309,7 +309,7 @@ def test_a_file_without_training_is_run_the_same_way():
 def test_list_and_doctor():
     listed = run("-m", "jaxrl_dist", "list")
     assert listed.returncode == 0, listed.stderr
-    for word in (*ALGORITHMS, "actor_critic", "Pendulum-v1", "brax/hopper", "probe"):
+    for word in (*ALGORITHMS, "actor_critic", "Pendulum-v1", "brax/hopper", "probe", "yes", "no: actions"):
         assert word in listed.stdout
     doctor = run("-m", "jaxrl_dist", "doctor")
     assert "jax" in doctor.stdout

@@ -58,7 +58,7 @@ def trace(agent, env, params) -> None:
     state = jax.eval_shape(agent.init, key)
     after, metrics = jax.eval_shape(agent.step, state)
     assert types(after) == types(state)
-    assert set(types(jax.tree.leaves(metrics))) == {((), jnp.float32)}
+    assert all(types(metric) == ((), jnp.float32) for metric in jax.tree.leaves(metrics))
     row = interaction.transition_like(env, params)
     observation = jax.ShapeDtypeStruct((batch, *row.observation.shape), row.observation.dtype)
     action = jax.eval_shape(agent.act, state, observation, key)

@@ -156,7 +156,8 @@ class _Proposals:
         for configuration in trained:
             number = configuration["configuration"]
             values = json.loads(json.dumps(there.get(number)))
-            require(values == configuration, f"{journal} has {values} as trial {number}, but study.json {configuration}")
+            same = values == configuration
+            require(same, f"{journal} has {values} as trial {number}, but study.json {configuration}")
 
     @property
     def trials(self) -> list:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnax.environments import spaces
-from toys import Toy, ToyParams
+from toys import Toy, ToyParams, agents, at_home
 
 from jaxrl_dist import evaluation, interaction
 from jaxrl_dist.agent import Agent
@@ -371,27 +371,19 @@ def test_without_a_discount_what_has_not_ended_counts_as_it_stands():
 
 
 def test_the_agents_that_learn_a_mean():
-    from jaxrl_dist import cli, envs, problem
-
     found = {}
-    for name in cli.algorithms():
-        module = cli.find_algorithm(name)
-        if not hasattr(module, "make_agent"):
-            continue
-        env_id, preset = next(iter(module.PRESETS.items()))
-        of_the_run, settings = problem.split_preset(preset)
-        env, env_params = envs.make(env_id, **dict(pair.split("=") for pair in of_the_run.get("env_options", ())))
+    for name in agents():
+        module, settings, env, env_params = at_home(name)
         agent = module.make_agent(module.Config(**settings), env, env_params)
 
         def predict(key, agent=agent, env=env, env_params=env_params):
-            batch = interaction.start(env, env_params, key, 3)
-            state = agent.init(key)
-            return agent.predict(state, batch.observation, agent.act(state, batch.observation, key))
+            observation, state = interaction.start(env, env_params, key, 3).observation, agent.init(key)
+            return agent.predict(state, observation, agent.act(state, observation, key))
 
         with jax.debug_key_reuse(False):
             atoms = jax.eval_shape(predict, jax.random.key(0)).atoms.shape[-1]
         found[name] = agent.learns_mean
-        # At the defaults nothing else has so few; the number alone says nothing, since there may be one quantile.
+        # With these settings nothing else has so few; the number alone says nothing, since there may be one quantile.
         assert agent.learns_mean == (atoms <= 2), name
     assert {name for name, learns_mean in found.items() if learns_mean} == {"dqn", "os_c51", "ddpg", "td3", "sac"}
     assert len(found) == 17

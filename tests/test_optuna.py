@@ -253,12 +253,12 @@ def lines(change):
 
 DAMAGES = [
     (lambda folder: (folder / "optuna.log").unlink(), "optuna.log does not exist, but the study has 2 trials"),
-    (lines(lambda lines: []), "optuna.log has other values of trial 0"),
-    (lines(lambda lines: lines[:5]), "optuna.log has other values of trial 1"),
+    (lines(lambda lines: []), "optuna.log has None as trial 0"),
+    (lines(lambda lines: lines[:5]), "optuna.log has None as trial 1"),
     (lines(lambda lines: [lines[0], b"{]\n", *lines[1:]]), "optuna.log is damaged"),
     (lines(lambda lines: [lines[0], b"\xff\n", *lines[1:]]), "optuna.log is damaged"),
     (lines(lambda lines: lines[1:]), "optuna.log "),
-    (lines(lambda lines: [line.replace(b'"push"', b'"shove"') for line in lines]), "has other values of trial 0"),
+    (lines(lambda lines: [line.replace(b'"push"', b'"shove"') for line in lines]), "has None as trial 0"),
     (lambda folder: (folder / "batch_000" / "waves.json").write_text("[[7]]"), "waves.json has trial 7, of which"),
     (lambda folder: (folder / "study.json").write_text("{"), "study.json is damaged"),
 ]

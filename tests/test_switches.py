@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import LearnerConfig, Toy, ToyParams, make_learner
+from toys import LearnerConfig, Toy, ToyParams, agents, at_home, make_learner
 
-from jaxrl_dist import cli, doctor, envs, problem, recording, switches, training
+from jaxrl_dist import doctor, envs, problem, recording, switches, training
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.keys import is_key
 
-AGENTS = sorted(name for name in cli.algorithms() if hasattr(cli.find_algorithm(name), "make_agent"))
 SMALL = {
     "num_envs": 2, "warmup_steps": 16, "replay_capacity": 64, "batch_size": 4, "hidden": (4,), "actor_hidden": (4,),
     "critic_hidden": (4,), "discount": 0.5, "num_atoms": 5,
@@ -22,18 +21,15 @@ SMALL = {
 
 
 def small_train(name, env_id=""):
-    """`train(key)` of an agent on its own default environment."""
-    module = cli.find_algorithm(name)
-    default, preset = next(iter(module.PRESETS.items()))
-    settings = problem.split_preset(preset)[1]
+    """`train(key)` of a small agent on its own default environment, or another."""
+    module, settings, *env = at_home(name)
     small = {field: value for field, value in SMALL.items() if hasattr(module.Config(), field)}
     if name == "eta_dqn":  # its discount is that of its environment
         del small["discount"]
-    env, env_params = envs.make(env_id or default)
-    config = module.Config(**settings | small)
     return training.make_train(
-        module.make_agent, config, env, env_params, total_steps=64, evaluations=2, eval_episodes=2, eval_max_steps=5
-    )
+        module.make_agent, module.Config(**settings | small), *(envs.make(env_id) if env_id else env),
+        total_steps=64, evaluations=2, eval_episodes=2, eval_max_steps=5,
+    )  # fmt: skip
 
 
 def dtypes(tree) -> list:
@@ -43,7 +39,7 @@ def dtypes(tree) -> list:
 # -- 64-bit numbers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", agents())
 def test_every_agent_traces_under_64_bits_and_stays_32_bit(name):
     with jax.enable_x64(True):
         found = dtypes(jax.eval_shape(small_train(name), jax.random.key(0)))

@@ -84,7 +84,7 @@ def test_an_unused_gpu_is_loud(machine, capsys):
     problem = [line for line in text.splitlines() if line.startswith("PROBLEM: ")]
     assert len(problem) == 1
     assert "NVIDIA GPU (nvidia0, nvidia1) is on this machine, but JAX uses cpu" in problem[0]
-    assert "jax[cuda13]" in problem[0]
+    assert "jax[cuda" in problem[0]
     machine.uses("gpu")
     assert run_main(capsys)[0] == 0
 

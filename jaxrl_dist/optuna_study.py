@@ -156,8 +156,7 @@ class _Proposals:
         for configuration in trained:
             number = configuration["configuration"]
             values = json.loads(json.dumps(there.get(number)))
-            same = values == configuration
-            require(same, f"{journal} has {values} as trial {number}, but study.json {configuration}")
+            require(values == configuration, f"{journal} has {values} as trial {number}, not {configuration}")
 
     @property
     def trials(self) -> list:

@@ -253,8 +253,8 @@ def lines(change):
 
 DAMAGES = [
     (lambda folder: (folder / "optuna.log").unlink(), "optuna.log does not exist, but the study has 2 trials"),
-    (lines(lambda lines: []), "optuna.log has None as trial 0"),
-    (lines(lambda lines: lines[:5]), "optuna.log has None as trial 1"),
+    (lines(lambda lines: []), r"optuna\.log has None as trial 0, not \{"),
+    (lines(lambda lines: lines[:5]), r"optuna\.log has None as trial 1, not \{"),
     (lines(lambda lines: [lines[0], b"{]\n", *lines[1:]]), "optuna.log is damaged"),
     (lines(lambda lines: [lines[0], b"\xff\n", *lines[1:]]), "optuna.log is damaged"),
     (lines(lambda lines: lines[1:]), "optuna.log "),

@@ -14,8 +14,8 @@ Choices, and what they rest on:
 
 - **No second copy of the state, neither when saving nor when loading**: an array is written and read back in blocks of
   at most `BLOCK_BYTES`, which is all that is held beside the state. Hence plain files and not orbax: of arrays that are
-  split over devices orbax-checkpoint 0.12.8 held three quarters of the state once more while it saved (`experiments/
-  memory`), and its limits on that refuse an array that is larger than they are.
+  split over devices orbax-checkpoint 0.12.8 held up to the whole state once more while it saved (`experiments/memory`),
+  smaller chunks or not, and its limit on bytes in flight refuses an array that is larger.
 - One file per array and process: `numpy.fromfile(file, dtype).reshape(shape)` reads an array that one process wrote.
   Structure, keys and shapes are in the manifest and ours to check, in our own words.
 - Every block goes to its place on its device at once, so the devices that wrote it do not matter; a process reads no

@@ -44,7 +44,7 @@ class Agent(NamedTuple):
     that return adds to each reward after the first (the entropy bonus of soft agents, else 0), `[batch]`."""
     predict: Callable[[Any, jax.Array, jax.Array], Law]
     """`predict(state, observation, action) -> law`: the learned return distribution as weighted atoms `[batch, atoms]`;
-    agents that learn a mean return one atom per critic."""
+    agents that learn a mean return one atom per critic, see `learns_mean`."""
     export: Callable[[Any], dict[str, jax.Array]]
     """`export(state) -> arrays`: the evaluation policy for `portable.save_policy`."""
     warmup_steps: int
@@ -53,6 +53,9 @@ class Agent(NamedTuple):
     """Environment steps taken by one `step`, over all environments."""
     updates_per_iteration: int
     """Gradient updates of the critic in one `step`."""
+    learns_mean: bool = False
+    """Whether the critic learns the mean of the return and not its distribution, whatever the number of atoms: two
+    critics' means are no law of two atoms, and an agent with one quantile still learns a law."""
 
 
 # -- configurations ---------------------------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ def check_value(name: str, hint: Any, value: Any) -> None:
     elif of is float:
         allowed = " and ".join(["finite", *(f"in {r}" for r in ranges if not math.isinf(r.low))])
         right = all(isinstance(x, numbers.Real) and _within(x, ranges) for x in each)
-        fits = right and all(_within(_as_float32(x), ranges) for x in each)
+        fits = right and all(_within(as_float32(x), ranges) for x in each)
         allowed += ", also as float32" * right
     else:
         allowed = "True or False" if of is bool else "text"
@@ -143,10 +146,11 @@ def _within(number: float, ranges: Sequence[Range]) -> bool:
     return math.isfinite(number) and all(number in allowed for allowed in ranges)
 
 
-def _as_float32(number: float) -> float:
-    """As programs see it: tiny numbers become 0, huge ones infinite."""
+def as_float32(number: float) -> float:
+    """As programs see it: huge numbers become infinite, and tiny ones 0 (XLA has no subnormal numbers)."""
     with np.errstate(over="ignore", under="ignore"):
-        return float(np.float32(number))
+        rounded = np.float32(number)
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
 
 
 def option(field_name: str) -> str:
@@ -213,12 +217,12 @@ def _shown(bound: np.ndarray) -> str:
 
 def check_replay(config) -> None:
     """The relations between sizes that every replay-based algorithm needs, before anything compiles."""
-    for name in ("replay_capacity", "num_envs"):
-        rows = getattr(config, name) * (getattr(config, "num_steps", 1) if name == "num_envs" else 1)
+    rows = {"replay_capacity": config.replay_capacity, "num_envs": config.num_envs * getattr(config, "num_steps", 1)}
+    for name, count in rows.items():
         require(
-            rows <= LARGEST // 2,
-            f"{option(name)} is {getattr(config, name)}, which makes {rows} rows; at most {LARGEST // 2} can be told "
-            "apart by int32, since two of their numbers are added",
+            count <= LARGEST // 2,
+            f"{option(name)} is {getattr(config, name)}, {count} rows; at most {LARGEST // 2}, since rows are "
+            "numbered in int32 and their numbers added",
         )
     require(
         config.batch_size <= config.warmup_steps,

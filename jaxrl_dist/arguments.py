@@ -13,6 +13,11 @@ from jaxrl_dist.agent import ConfigurationError, option, require
 from jaxrl_dist.wording import alternatives, nearest
 
 HELP = ("-h", "--help")
+_KINDS = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "a word",
+    tuple[int, ...]: "whole numbers, such as 64,64", tuple[float, ...]: "numbers, such as 0.5,2",
+    tuple[str, ...]: "words",
+}  # fmt: skip
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
@@ -25,7 +30,7 @@ def split(arguments: Sequence[str]) -> dict[str, list[str]]:
             words = found["help"] = []
         elif argument.startswith("-") and not _NEGATIVE.match(argument):
             name, equals, value = argument.partition("=")
-            require(name.startswith("--"), f"{argument} is no option; options begin with two dashes")
+            require(name.startswith("--") and len(name) > 2, f"{argument} is no option; options begin with --")
             words = found[name[2:].replace("-", "_")] = [value] if equals else []
         else:
             require(words is not None, f"{argument!r} stands before any option; a value follows its option")
@@ -69,13 +74,7 @@ def read(name: str, hint: Any, words: Sequence[str]) -> Any:
 
 def kind(hint: Any) -> str:
     """What a value of a type is, for people."""
-    if typing.get_origin(hint) is Literal:
-        return alternatives(typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return {int: "whole numbers, such as 64,64", float: "numbers, such as 0.5,2"}.get(
-            typing.get_args(hint)[0], "words"
-        )
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}[hint]
+    return alternatives(typing.get_args(hint)) if typing.get_origin(hint) is Literal else _KINDS[hint]
 
 
 def _one(name: str, hint: Any, word: str, allowed: str) -> Any:

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from jaxrl_dist import arguments as words_of
 from jaxrl_dist.agent import ConfigurationError, Count, Seed, check_value, require
 from jaxrl_dist.catalog import algorithms, display_name, find_algorithm, title
-from jaxrl_dist.wording import alternatives, nearest
+from jaxrl_dist.wording import alternatives, counted, nearest
 
 BROKEN = 1
 USAGE_ERROR = 2
@@ -72,20 +72,41 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             options = dataclasses.replace(options, name=options.name or hosts.by_first(runner.date_and_time))
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
-        places.require_run_folder(runner.folder_of(algorithm, options), options.runs_folder)
+        # Any name does here, and asking the other processes for theirs would start JAX before --device is heeded.
+        somewhere = dataclasses.replace(options, name=options.name or runner.date_and_time())
+        places.require_run_folder(runner.folder_of(algorithm, somewhere), options.runs_folder)
         compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
         if sweep.sweep_optuna and (swept or sweep.sweep_file):
             axes = sweeps.parse(config_type, swept, random=True)
-            optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
+            folder = optuna_study.train(algorithm, make_agent, config, options, axes, console, sweep)
         elif swept or sweep.sweep_file:
             found = sweeps.configurations(config_type, swept, sweep)
-            study.train(algorithm, make_agent, config, options, found, console, sweep)
+            folder = study.train(algorithm, make_agent, config, options, found, console, sweep)
         else:
             given = [name for name, default in vars(sweeps.SweepOptions()).items() if getattr(sweep, name) != default]
             require(not given, f"{', '.join(map(option, given))} need --sweep.FIELD VALUES")
-            runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+            folder = runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+        if hosts.is_first():
+            _require_sound(folder)
+
+
+def _require_sound(folder: Path) -> None:
+    """End with an error where runs of a training or a study diverged, after all its results are there."""
+    from jaxrl_dist import recording, study, tables
+
+    metrics = tables.read(folder / "results.csv") if study.is_study(folder) else recording.read_metrics(folder)
+    lost = recording.divergences(metrics)
+    if len(lost):
+        lanes = len(metrics[[column for column in ("configuration", "seed") if column in metrics]].drop_duplicates())
+        first = lost.iloc[0]
+        name = recording.run_name(first.to_dict(), " ").replace("_", " ")
+        _stop(
+            f"{len(lost)} of {counted(lanes, 'run')} diverged (the first: {name}, {first.metric} at iteration "
+            f"{first.iteration}) and ended as they were before; results of all are in {folder}",
+            BROKEN,
+        )
 
 
 def spread_over_cores() -> None:
@@ -132,7 +153,7 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
 def _description(make_agent, preset_name: str) -> str:
     text = (sys.modules[make_agent.__module__].__doc__ or "").strip().split("\n\n")
     shown = f"The defaults shown are those of the preset {preset_name}.\n\n" if preset_name else ""
-    return f"{text[0]}\n\n{text[1]}\n\n{shown}"
+    return "\n\n".join([*text[:2], shown])
 
 
 @contextlib.contextmanager
@@ -166,12 +187,18 @@ def _stop(message: str, status: int) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the exception was raised by a line of this project rather than inside a library."""
+    """Whether the exception is of a class of ours, or a ValueError that a line of this project raised.
+
+    Other errors may be a library's in spite of their last line: XLA's seem to come from the line that ran a program.
+    """
+    if type(error).__module__.startswith("jaxrl_dist"):
+        return True
+    if not isinstance(error, ValueError):
+        return False
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    ours = traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
-    return ours or isinstance(error, ConfigurationError)
+    return traceback.tb_frame.f_globals.get("__name__", "").startswith("jaxrl_dist")
 
 
 # -- jaxrl-dist -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 from packaging.requirements import Requirement
 
-from jaxrl_dist import compile_cache
+from jaxrl_dist import compile_cache, switches
 from jaxrl_dist.wording import counted
 
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
@@ -76,6 +76,7 @@ def problems() -> list[str]:
         found = ["jaxrl-dist is not installed, so its bounds are unknown; `pip install -e .` in its folder"]
     if sys.platform == "win32":
         found.append(NO_WINDOWS)
+    found += switches.refused()
     used, failure = _platform_in_use()
     return found + ([failure] if used is None else _unused_accelerators(used))
 
@@ -97,7 +98,7 @@ def report() -> str:
         "settings": {
             "matmul precision": jax.config.jax_default_matmul_precision
             or "default (full float32 on CPUs, less on TPUs and recent GPUs)",
-            "64-bit floats": "on" if jax.config.jax_enable_x64 else "off",
+            "64-bit floats": "on, but off while training" if jax.config.jax_enable_x64 else "off",
             "compile cache": _compile_cache(),
         },
     }
@@ -188,8 +189,8 @@ def _unused_accelerators(used: str) -> list[str]:
 def _advice(asked: str) -> str:
     if asked == "cpu":
         return "set JAX_PLATFORMS=cpu before starting"
-    extra = {"gpu": "cuda", "tpu": "tpu"}[asked]
-    return f"install JAX for it with `pip install -e '.[{extra}]'` and see `jaxrl-dist doctor`"
+    extra = {"gpu": "cuda13", "tpu": "tpu"}[asked]
+    return f"install JAX for it with `pip install 'jax[{extra}]=={jax.__version__}'` and see `jaxrl-dist doctor`"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from jaxrl_dist.distributional.metrics import wasserstein_1
 from jaxrl_dist.interaction import Interaction
 from jaxrl_dist.spaces import spaces_of
 
-# Monte-Carlo returns are followed until less than this part of the discounted weight is left ...
+# Monte-Carlo returns are followed until less than this part of the discounted weight is left to be estimated ...
 NEGLIGIBLE_WEIGHT = 0.01
-# ... or for so many steps, where the discount is (nearly) 1.
-LONGEST_ROLLOUT = 2000
+# ... or for so many steps, where the discount is above 0.99908.
+LONGEST_ROLLOUT = 5000
 # The central interval of learned laws whose coverage is reported.
 CENTRAL_INTERVAL = (0.1, 0.9)
 
@@ -34,36 +34,61 @@ class Episodes(NamedTuple):
 class ReturnDistributions(NamedTuple):
     """Discounted returns from the same states and first actions: learned laws and Monte-Carlo samples.
 
-    predicted: `[states, atoms]`; monte_carlo: `[states, rollouts]`.
+    predicted: `[states, atoms]`; monte_carlo: `[states, rollouts]`; missing: `[states]`, the part of the discounted
+    weight that lies beyond the ends of rollouts, and whose rewards are therefore estimates: 0 where every one ended.
     """
 
     predicted: Law
     monte_carlo: jax.Array
+    missing: jax.Array
 
 
 class Calibration(NamedTuple):
-    """How far learned return distributions are from Monte-Carlo ones: scalars, in units of return but for the last.
+    """How far learned return distributions are from Monte-Carlo ones: scalars, in units of return but for the last two.
 
     calibration_w1: Wasserstein-1 distance, mean over states; some of it is the sampling error of the rollouts.
     overestimation, overestimation_spread: mean and standard deviation over states of the learned less the observed
     mean. coverage: part of the observed returns from the learned 10 % to the learned 90 % quantile, both included: 0.8
-    for a law that is right and continuous, 0 for an agent that learns a mean.
+    for a law that is right and continuous; None for an agent that learns a mean, which has no such interval.
+    calibration_missing: part of the discounted weight that no rollout has seen (`ReturnDistributions.missing`); the
+    observed mean is off by at most twice this times max |reward| / (1 - discount).
     """
 
     calibration_w1: jax.Array
     overestimation: jax.Array
     overestimation_spread: jax.Array
-    coverage: jax.Array
+    coverage: jax.Array | None
+    calibration_missing: jax.Array
 
 
-def calibration(found: ReturnDistributions) -> Calibration:
-    """The numbers of a comparison."""
-    predicted, returns = found
+def calibration(found: ReturnDistributions, *, learns_mean: bool = False) -> Calibration:
+    """The numbers of a comparison, all NaN where anything in it is not finite. learns_mean: `Agent.learns_mean`."""
+    predicted, returns, missing = found
     error = law.mean(predicted) - returns.mean(-1)
+    numbers = Calibration(
+        wasserstein_1(predicted, returns).mean(), error.mean(), error.std(),
+        None if learns_mean else _coverage(predicted, returns), missing.mean(),
+    )  # fmt: skip
+    finite = jnp.array([jnp.isfinite(x).all() for x in (*predicted, returns)]).all()
+    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), numbers)
+
+
+def _coverage(predicted: Law, returns: jax.Array) -> jax.Array:
     low, high = jnp.moveaxis(law.quantile(predicted, jnp.array(CENTRAL_INTERVAL)), -1, 0)[..., None]
     rounding = 1e-5 * jnp.maximum(jnp.abs(low), jnp.abs(high))
     inside = (low - rounding <= returns) & (returns <= high + rounding)
-    return Calibration(wasserstein_1(predicted, returns).mean(), error.mean(), error.std(), inside.mean())
+    return inside.mean()
+
+
+def what_is_missing(missing: float, discount: float) -> str | None:
+    """One sentence on the weight that Monte-Carlo returns have not seen, or None where it is negligible."""
+    if not missing > NEGLIGIBLE_WEIGHT:
+        return None
+    rest = "is left out" if discount == 1 else "is estimated by the rewards of their second half"
+    return (
+        f"Monte-Carlo returns are followed for {LONGEST_ROLLOUT:,} steps, and with --discount {discount:g} "
+        f"{missing:.0%} of their weight lies beyond (calibration_missing): it {rest}, and calibration is no better"
+    )
 
 
 def without_time_limit(env, env_params) -> Any | None:
@@ -186,11 +211,11 @@ def return_distributions(
     batch = interaction.start(env, env_params, start_key, states)
     stop_at = jnp.arange(states) * spread // states
 
-    def wander(batch, time):
+    def wander(time, batch):
         moved, _ = _follow(agent, env, env_params, state, batch, jax.random.fold_in(spread_key, time))
-        return jax.tree.map(lambda new, old: _where(time < stop_at, new, old), moved, batch), None
+        return jax.tree.map(lambda new, old: _where(time < stop_at, new, old), moved, batch)
 
-    batch, _ = jax.lax.scan(wander, batch, jnp.arange(spread))
+    batch = jax.lax.fori_loop(0, spread, wander, batch)
     return return_distributions_from(
         agent, env, env_params, state, compare_key, batch, discount=discount, rollouts=rollouts, horizon=horizon
     )
@@ -213,8 +238,13 @@ def return_distributions_from(
     Each state of the environments in `batch` is cloned `rollouts` times; the clones take the same first action and then
     follow the target policy, whose return the critic learns. A soft critic's return holds the entropy bonus of every
     step but the first, and so does the Monte-Carlo one. Give `env_params` whose time limit is out of reach, since a
-    critic that bootstraps at time limits predicts the return of the task without one. What follows after `horizon` is
-    missing: choose it so that discount^horizon is negligible (`horizon`).
+    critic that bootstraps at time limits predicts the return of the task without one.
+
+    A rollout that has not ended `horizon` steps after the first goes on for ever with its mean reward since half of
+    them: exact for steady rewards, and, with the choice of `horizon`, of the right mean and about the right variance
+    for stationary ones. A random (geometric) end would be unbiased, but the slowest of a batch takes more steps than
+    make the rest negligible, and each return would spread by as much as is missing. How much that is, is reported; with
+    discount 1 there is no estimate, and nothing is added.
     """
     action_key, rollout_key = jax.random.split(key)
     first_action, _ = agent.target_policy(state, batch.observation, action_key)
@@ -224,20 +254,27 @@ def return_distributions_from(
     first_key, rest_key = jax.random.split(rollout_key)
     clones, first, _ = interaction.step(env, env_params, clones, jnp.repeat(first_action, rollouts, axis=0), first_key)
 
+    discount = jnp.asarray(discount, jnp.float32)
+
     def keep_going(carry):
-        time, _, alive, _, _ = carry
+        time, _, alive, *_ = carry
         return (time < horizon) & alive.any()
 
     def rollout(carry):
-        time, clones, alive, weight, total = carry
+        time, clones, alive, weight, total, late = carry
         key = jax.random.fold_in(rest_key, time)
         clones, (transition, bonus) = _follow(agent, env, env_params, state, clones, key)
-        total += weight * jnp.where(alive, transition.reward + bonus, 0)
-        return time + 1, clones, alive & ~transition.terminated, weight * discount, total
+        reward = jnp.where(alive, transition.reward + bonus, 0)
+        late += jnp.where(time < horizon // 2, 0, reward)
+        return time + 1, clones, alive & ~transition.terminated, weight * discount, total + weight * reward, late
 
-    carry = jnp.int32(0), clones, ~first.terminated, jnp.asarray(discount, jnp.float32), first.reward
-    monte_carlo = jax.lax.while_loop(keep_going, rollout, carry)[-1]
-    return ReturnDistributions(predicted, monte_carlo.reshape(-1, rollouts))
+    carry = jnp.int32(0), clones, ~first.terminated, discount, first.reward, jnp.zeros_like(first.reward)
+    time, _, alive, weight, total, late = jax.lax.while_loop(keep_going, rollout, carry)
+    late_reward = late / jnp.maximum(time - horizon // 2, 1)
+    for_ever = jnp.where(discount < 1, 1 / jnp.where(discount < 1, 1 - discount, 1), 0)
+    missing = jnp.where(alive, weight, 0)
+    monte_carlo = total + missing * for_ever * late_reward
+    return ReturnDistributions(predicted, monte_carlo.reshape(-1, rollouts), missing.reshape(-1, rollouts).mean(-1))
 
 
 def _follow(agent: Agent, env, env_params, state, batch: Interaction, key: jax.Array):

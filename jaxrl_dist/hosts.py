@@ -65,7 +65,7 @@ def join(distributed: str, num_processes: int, process_id: int, device: doctor.P
     else:
         host, _, port = distributed.rpartition(":")
         require(
-            bool(host) and port.isdecimal(),
+            bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
             f"--distributed is {distributed!r}; it must be off, auto or HOST:PORT, where process 0 waits for the rest",
         )
         require(num_processes >= 1, f"--num-processes is {num_processes}; with HOST:PORT it must be at least 1")

@@ -20,17 +20,20 @@ class MLP(nn.Module):
     features: Sequence[int]
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     output_bound: float | None = None
+    glorot: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return EnsembleMLP(1, self.features, self.activation, self.output_bound, name="layers")(inputs)[:, 0]
+        layers = EnsembleMLP(1, self.features, self.activation, self.output_bound, self.glorot, name="layers")
+        return layers(inputs)[:, 0]
 
 
 class EnsembleMLP(nn.Module):
     """Independent networks on a shared input, `[batch, inputs]` -> `[batch, members, features[-1]]`.
 
     Weights and biases start uniform in ±1/sqrt(fan-in), PyTorch's default, on which the papers' codes rely; those of
-    the last layer in ±output_bound where one is given. There is no activation after the last layer.
+    the last layer in ±output_bound where one is given. With `glorot` weights start uniform in
+    ±sqrt(6 / (fan-in + fan-out)) and biases at 0. There is no activation after the last layer.
 
     Parameters are one pytree with a leading member axis: kernels `[members, inputs, outputs]`, biases
     `[members, outputs]`. Whether the products run batched or one by one is a matter of speed, not of the result.
@@ -40,6 +43,7 @@ class EnsembleMLP(nn.Module):
     features: Sequence[int]
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     output_bound: float | None = None
+    glorot: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -47,8 +51,11 @@ class EnsembleMLP(nn.Module):
         for index, width in enumerate(self.features):
             last = index == len(self.features) - 1
             initializer = _uniform(self.output_bound if last and self.output_bound else fan_in**-0.5)
+            bias_initializer = initializer
+            if self.glorot:
+                initializer, bias_initializer = _uniform((6 / (fan_in + width)) ** 0.5), nn.initializers.zeros
             kernel = self.param(f"kernel_{index}", initializer, (self.members, fan_in, width))
-            bias = self.param(f"bias_{index}", initializer, (self.members, width))
+            bias = self.param(f"bias_{index}", bias_initializer, (self.members, width))
             layers.append((kernel, bias))
             fan_in = width
         if jax.default_backend() == "cpu" and self.members <= UNROLLED_MEMBERS_ON_CPU:

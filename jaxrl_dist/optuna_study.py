@@ -8,7 +8,7 @@
 For spaces of sizes, switches and names, where every choice is a program of its own and a grid would compile them all;
 floats may be among them, and proposals of one batch that differ in floats alone share a program. A proposal is trained
 with all seeds, and scores the interquartile mean over seeds of its last evaluation. One that was trained before gets
-the same score without being trained again; one that cannot work, or whose training breaks, is a failed trial.
+the same score without being trained again; one that cannot work, or of which a seed diverges, is a failed trial.
 
 The sampler is Optuna's TPE (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011), seeded anew
 for every trial by the trial's number: a killed study that goes on with `--name NAME --resume auto` proposes what it
@@ -17,18 +17,20 @@ would have proposed. With a larger --sweep-optuna it goes on to more trials.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from jaxrl_dist import problem, recording, runner, study, sweeps
+from jaxrl_dist import problem, recording, runner, study, sweeps, tables
 from jaxrl_dist.agent import ConfigurationError, check_configuration, require
 from jaxrl_dist.wording import counted
 
 STUDY_NAME = "jaxrl_dist"
+JOURNAL = "optuna.log"
 
 
 def train(
@@ -57,12 +59,13 @@ def train(
     with runner.claim(folder, options, record="study.json"):
         about = {"fields": list(axes), "configurations": [], "axes": axes, "sweep": dataclasses.asdict(sweep)}
         study.write_or_compare(folder, algorithm, options, config, about, "axes")
-        seed = study.read(folder)["sweep"]["sweep_seed"]
+        record = study.read(folder, {"sweep.sweep_seed": int})
+        seed = record["sweep"]["sweep_seed"]
         require(
             seed == sweep.sweep_seed,
             f"--sweep-seed is {sweep.sweep_seed}, but the study to resume was started with {seed}; they must be equal",
         )
-        proposals = _Proposals(folder, axes, sweep)
+        proposals = _Proposals(folder, axes, sweep, record["configurations"])
         console.print(
             f"[bold]study[/bold] of {counted(sweep.sweep_optuna, 'trial')} with "
             f"{counted(options.num_seeds, 'seed')} each, {sweep.sweep_parallel} proposed at once, in {folder}"
@@ -80,7 +83,13 @@ def train(
 
         for batch in itertools.count():
             part = f"batch_{batch:03d}"
-            numbers = [number for number in waves.recorded(part) if can_work(number)]
+            recorded = waves.recorded(part)
+            require(
+                all(number < len(proposals.trials) for number in recorded),
+                f"{folder / part / 'waves.json'} has trial {max(recorded, default=0)}, of which {folder / JOURNAL} "
+                "knows nothing",
+            )
+            numbers = [number for number in recorded if can_work(number)]
             while not numbers and (asked := proposals.ask()):
                 numbers = [number for number in asked if proposals.is_new(number, console) and can_work(number)]
             if not numbers:
@@ -105,15 +114,25 @@ def _train(waves: study.Waves, path: Path, wave: sweeps.Wave, proposals: "_Propo
         return
     results = study.metrics_of([path])
     for number in filter(proposals.waits, wave.numbers):
-        proposals.tell(number, sweeps.score(results, number), console)
+        score = sweeps.score(results, number)
+        if score is None:
+            proposals.fail(number, "not all of its seeds came to the end with finite returns", console)
+        else:
+            proposals.tell(number, score, console)
 
 
 class _Proposals:
     """Optuna's study: what was proposed, and what became of it."""
 
-    def __init__(self, folder: Path, axes: Mapping[str, sweeps.Axis], sweep: sweeps.SweepOptions):
+    def __init__(
+        self,
+        folder: Path,
+        axes: Mapping[str, sweeps.Axis],
+        sweep: sweeps.SweepOptions,
+        trained: Sequence[Mapping[str, Any]] = (),
+    ):
+        """`trained`: configurations that the study has a record of, and Optuna's journal with it."""
         optuna = _optuna()
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "optuna.log")))
         self.sweep, self.choices, self.space = sweep, {}, {}
         for field, axis in axes.items():
             if isinstance(axis, sweeps.Range):
@@ -121,9 +140,24 @@ class _Proposals:
             else:  # Optuna's choices are numbers and names; several widths are written as one name
                 self.choices[field] = {sweeps.shown(x) if isinstance(x, tuple) else x: x for x in axis}
                 self.space[field] = optuna.distributions.CategoricalDistribution(list(self.choices[field]))
-        self.study = optuna.create_study(
-            storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
-        )
+        journal = folder / JOURNAL
+        require(not trained or journal.is_file(), f"{journal} does not exist, but the study has {len(trained)} trials")
+        if journal.exists():
+            tables.drop_incomplete_line(journal)  # Optuna would write the next line behind it
+        try:
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+            self.study = optuna.create_study(
+                storage=storage, study_name=STUDY_NAME, direction="maximize", load_if_exists=True
+            )
+            whole = [trial.number for trial in self.trials if trial.params.keys() == axes.keys()]
+            there = {number: {"configuration": number, **self.values(number)} for number in whole}
+        except Exception as error:  # of its own log Optuna says what Python says of it: KeyError, TypeError ...
+            raise ValueError(f"{journal} is damaged ({type(error).__name__}: {error})") from error
+        for configuration in trained:
+            number = configuration["configuration"]
+            values = json.loads(json.dumps(there.get(number)))
+            same = values == configuration
+            require(same, f"{journal} has {values} as trial {number}, but study.json {configuration}")
 
     @property
     def trials(self) -> list:
@@ -184,6 +218,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigurationError('--sweep-optuna needs the package optuna: pip install "jaxrl-dist[optuna]"') from None
+        raise ConfigurationError("--sweep-optuna needs the package optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

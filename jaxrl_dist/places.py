@@ -1,6 +1,7 @@
 """Names and paths that a user gives: what cannot work is refused before any work is done for it."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +27,7 @@ def require_run_folder(folder: Path, runs_folder: str) -> None:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
     where = f"--runs-folder is {runs_folder!r}, in which {folder} cannot be"
     require(existing.is_dir(), f"{where}: {existing} is no folder")
-    require(os.access(existing, os.W_OK | os.X_OK), f"{where}: {existing} cannot be written to")
+    require(_takes_files(existing), f"{where}: {existing} cannot be written to")
     for parent in folder.parents:
         if parent == Path(runs_folder):
             break
@@ -34,16 +35,24 @@ def require_run_folder(folder: Path, runs_folder: str) -> None:
         require(not found, f"--name is {folder.name!r} inside of {parent}, which is a run; give it a place of its own")
 
 
-def require_output(path: Path, option: str = "--out") -> None:
-    """ConfigurationError unless a file can be written at `path`."""
-    allowed = "it must be a file in a folder that exists and can be written to"
-    there = path if path.exists() else path.parent
-    require(path.parent.is_dir() and not path.is_dir() and os.access(there, os.W_OK), f"{option} is {path}; {allowed}")
+def require_output(path: Path) -> None:
+    """ConfigurationError unless a file can be written at `path`, the value of --out."""
+    fits = os.access(path, os.W_OK) and not path.is_dir() if path.exists() else _takes_files(path.parent)
+    require(fits, f"--out is {path}; it must be a file in a folder that exists and can be written to")
 
 
-def require_picture(path: Path, option: str = "--out") -> None:
-    """ConfigurationError unless `path` can be written and its suffix names a format that matplotlib writes."""
+def require_picture(path: Path) -> None:
+    """ConfigurationError unless --out can be written and its suffix names a format that matplotlib writes."""
     formats = sorted(set(FigureCanvasAgg.get_supported_filetypes()) - {"pgf"})  # pgf needs LaTeX
     suffix = path.suffix.lower().removeprefix(".")
-    require(suffix in formats, f"{option} is {path}; it must end with one of .{', .'.join(formats)}")
-    require_output(path, option)
+    require(suffix in formats, f"--out is {path}; it must end with one of .{', .'.join(formats)}")
+    require_output(path)
+
+
+def _takes_files(folder: Path) -> bool:
+    """By trying: permissions say little to root, and nothing of read-only or full file systems."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False

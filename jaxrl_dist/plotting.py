@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator
 
+from jaxrl_dist import recording
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.metrics import wasserstein_1
 from jaxrl_dist.statistics import bootstrap_interval, interquartile_mean
@@ -30,17 +31,20 @@ def learning_curve(
     title: str,
     metric: str = "evaluation_return",
     linear_up_to: float | None = None,
+    diverged: Mapping[str, pd.DataFrame] | None = None,
 ) -> Figure:
     """Interquartile mean over seeds against env steps, with the 95 % bootstrap interval, one curve per run.
 
-    frames: label of a run to its `read_metrics`; log points without the metric are left out. A single run shows its
-    seeds as thin lines too; a log point with one seed has no interval. path: where to save (the suffix names the
-    format), None only returns the figure. linear_up_to: beyond this magnitude the metric's axis is logarithmic. Raises
-    ValueError when a frame has no such metric or no value of it.
+    frames: label of a run to its `read_metrics`; values that are missing or not finite are left out. A single run shows
+    its seeds as thin lines too; a log point with one seed has no interval. path: where to save (the suffix names the
+    format), None only returns the figure. linear_up_to: beyond this magnitude the metric's axis is logarithmic.
+    diverged: `recording.divergences` of the runs, if not those of the frames; a cross marks where each happened. Raises
+    ValueError when a frame has no such metric, or no value of it and no seed that diverged.
     """
     if not frames:
         raise ValueError("frames is empty: there is nothing to draw")
-    curves = {label: _by_seed(label, frame, metric) for label, frame in frames.items()}
+    diverged = diverged or {label: recording.divergences(frame) for label, frame in frames.items()}
+    curves = {label: _by_seed(label, frame, metric, diverged[label]) for label, frame in frames.items()}
     figure = _figure(width=7.2, height=4.3)
     axes = figure.subplots()
     _style(axes)
@@ -56,11 +60,22 @@ def learning_curve(
                 line = returns[seed].dropna()
                 axes.plot(line.index, line, color=colour, linewidth=0.7, alpha=0.35, zorder=2)
         intervals = np.array([bootstrap_interval(row) if len(row) > 1 else (np.nan, np.nan) for row in scores])
+        intervals = intervals.reshape(-1, 2)  # of no log point at all too
         axes.fill_between(steps, *intervals.T, color=colour, alpha=0.2, linewidth=0, zorder=1)
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, centre, dashes, color=colour, linewidth=2.2, marker=marker, zorder=3, solid_capstyle="round")
-        ends.append((steps[-1], centre[-1], label, colour))
-    axes.set_xlim(0, max(1, *(curve.index[-1] for curve in curves.values())))
+        for broken in diverged[label].itertuples():
+            line = returns[broken.seed].dropna() if broken.seed in returns else ()
+            on_line = len(line) > 0  # a seed without any value has its cross on the axis
+            axes.plot(
+                broken.env_steps, np.interp(broken.env_steps, line.index, line) if on_line else 0, "x", color=colour,
+                markersize=8, markeredgewidth=2, zorder=4, clip_on=False,
+                transform=axes.transData if on_line else axes.get_xaxis_transform(),
+            )  # fmt: skip
+        if len(steps):
+            ends.append((steps[-1], centre[-1], label, colour))
+    last = [x for curve in curves.values() for x in curve.index[-1:]]
+    axes.set_xlim(0, max(1, *last, *(x for broken in diverged.values() for x in broken.env_steps)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("environment steps")
     axes.set_ylabel(metric.replace("_", " "))
@@ -68,13 +83,17 @@ def learning_curve(
         axes.set_yscale("symlog", linthresh=linear_up_to)
     if len(curves) > 1:
         _label_ends(axes, ends)
-    counts = sorted({int(count) for curve in curves.values() for count in curve.notna().sum(axis=1)})
+    counts = sorted({int(count) for curve in curves.values() for count in curve.notna().sum(axis=1)} or {0})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    if counts[-1] == 1:
+    if counts[-1] == 0:
+        note = "no seed has a finite value"
+    elif counts[-1] == 1:
         note = "one seed, so no interval"
     else:
         note = f"interquartile mean of {seeds} seeds; band: 95 % bootstrap interval"
-        note += "; thin lines: seeds" if len(curves) == 1 else ""
+        note += "; thin lines: seeds" if len(curves) == 1 and not any(map(len, diverged.values())) else ""
+    crosses = sum(map(len, diverged.values()))
+    note += f"; crosses: {crosses} diverged" if crosses else ""  # the line has no room for more
     _title(axes, title, note)
     return _saved(figure, path)
 
@@ -145,7 +164,8 @@ def ranking(
     """Configurations of a study from best to worst, each with its interval: `table` is that of `sweeps.ranking`.
 
     Only the best `most` are drawn; the note says of how many. Where halving stopped some earlier, each row says after
-    how many steps, and a colour stands for one rung. path: as for `learning_curve`.
+    how many steps, and a colour stands for one rung. Where seeds diverged, a row has a cross for its dot and says how
+    many. path: as for `learning_curve`.
     """
     shown = table.head(most)
     figure = _figure(width=7.2, height=1.4 + 0.32 * len(shown))
@@ -158,10 +178,16 @@ def ranking(
         colours = [COLOURS[(table.rung.max() - rung) % len(COLOURS)] for rung in shown.rung]
         stopped = map(EngFormatter(sep="").format_data, shown.env_steps)
         labels = [f"{label}  ({steps} steps)" for label, steps in zip(labels, stopped, strict=True)]
+    broken = _diverged(shown)
+    labels = [
+        f"{label}  ({count:.0f} diverged)" if count else label for label, count in zip(labels, broken, strict=True)
+    ]
     if "low" in shown:
         axes.hlines(heights, shown.low, shown.high, color=colours, linewidth=5, alpha=0.3)
-    axes.scatter(shown[metric], heights, color=colours)
+    for marker, rows in (("o", broken == 0), ("x", broken > 0)):
+        axes.scatter(shown[metric][rows], heights[rows], color=np.array(colours)[rows], marker=marker)
     axes.set_yticks(heights, labels)
+    axes.set_ylim(heights[-1] - 0.5, 0.5)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel(metric.replace("_", " "))
     note = "interquartile mean over seeds, 95 % bootstrap interval" if "low" in shown else "one seed, so no interval"
@@ -175,12 +201,14 @@ def response(
     """The score of every configuration against each swept field, and its median at each value.
 
     `table` is that of `sweeps.ranking`; one panel per field. A field whose values spread over a factor of 20 or more
-    has a logarithmic axis, one that is no number has its values side by side. path: as for `learning_curve`.
+    has a logarithmic axis, one that is no number has its values side by side. Configurations with diverged seeds are
+    crosses. path: as for `learning_curve`.
     """
     columns = min(len(fields), 3)
     rows = math.ceil(len(fields) / columns)
     figure = _figure(width=max(3.4 * columns, 6.2), height=2.7 * rows + 0.9)  # at least as wide as the note
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    broken = _diverged(table)
     for axes, field in zip(panels, fields, strict=False):
         _style(axes)
         numeric = pd.api.types.is_numeric_dtype(table[field])
@@ -193,7 +221,8 @@ def response(
             axes.set_xscale("log")
         if "low" in table:
             axes.vlines(places, table.low, table.high, color=COLOURS[0], linewidth=1.2, alpha=0.35)
-        axes.plot(places, table[metric], "o", color=COLOURS[0], markersize=4)
+        for marker, rows in (("o", broken == 0), ("x", broken > 0)):
+            axes.plot(places[rows], table[metric][rows], marker, color=COLOURS[0], markersize=4)
         medians = pd.Series(table[metric].to_numpy()).groupby(places).median()
         axes.plot(medians.index, medians, color=COLOURS[1], linewidth=1.8)
         axes.set_xlabel(field.replace("_", " "))
@@ -202,10 +231,9 @@ def response(
     for axes in panels[: len(fields) : columns]:
         axes.set_ylabel(metric.replace("_", " "))
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.supxlabel(
-        "dots: configurations, IQM over seeds with 95 % interval; line: median of the dots at a value", fontsize=9,
-        color=FAINT, x=0.01, ha="left",
-    )  # fmt: skip
+    note = "dots: configurations, IQM over seeds with 95 % interval; line: median of the dots at a value"
+    note += "; cross: a seed diverged" if broken.any() else ""
+    figure.supxlabel(note, fontsize=9, color=FAINT, x=0.01, ha="left")
     return _saved(figure, path)
 
 
@@ -213,12 +241,19 @@ def _value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _by_seed(label: str, frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The metric as `[env_steps, seeds]`, log points without any value left out."""
-    if metric not in frame:
-        raise ValueError(f"run {label!r} has no metric {metric!r}, but {list(frame.columns)}")
-    rows = frame[["env_steps", "seed", metric]].dropna()
-    if rows.empty:
+def _diverged(table: pd.DataFrame) -> np.ndarray:
+    """How many seeds of each configuration of `sweeps.ranking` diverged."""
+    return table.get("diverged", pd.Series(0, table.index)).to_numpy()
+
+
+def _by_seed(label: str, frame: pd.DataFrame, metric: str, diverged: pd.DataFrame) -> pd.DataFrame:
+    """The metric as `[env_steps, seeds]`, NaN where it is not finite, log points without any value left out."""
+    if metric not in frame or not pd.api.types.is_numeric_dtype(frame[metric]):
+        numeric = list(frame.select_dtypes("number").columns)
+        raise ValueError(f"run {label!r} has no metric {metric!r}, but {numeric}")
+    rows = frame[["env_steps", "seed", metric]]
+    rows = rows[np.isfinite(rows[metric])]
+    if rows.empty and diverged.empty:
         raise ValueError(f"run {label!r} has no value of {metric!r} yet")
     if "configuration" in frame:
         raise ValueError(f"run {label!r} is a wave of a study, with several configurations; plot the study's folder")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import doctor, evaluation, interaction, training
+from jaxrl_dist import doctor, evaluation, interaction, switches, training
 from jaxrl_dist.agent import (
     LARGEST,
     Agent,
@@ -166,6 +167,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     check_configuration(config)
     options = with_total_steps(options, config)
     doctor.require_platform(options.device)
+    switches.settle()
     device_count(options)
     env, env_params = _make_env(options)
     if options.probe_support != "off":
@@ -217,10 +219,12 @@ def _check_counters(agent: Agent, options: RunOptions, episode_limit: int) -> No
         f"--updates-per-iteration is {agent.updates_per_iteration}, {updates} updates in all; at most {LARGEST} can be "
         "counted",
     )
+    # `evaluation.return_distributions` multiplies a state's number by the steps over which states are spread.
+    most = min(math.isqrt(LARGEST), LARGEST // max(1, episode_limit // 4))
     require(
-        evaluation.spread(episode_limit, options.eval_states) * options.eval_states <= LARGEST,
-        f"--eval-states is {options.eval_states}; with episodes of up to {episode_limit} steps the product of both "
-        f"must be at most {4 * LARGEST}",
+        options.eval_states <= most,
+        f"--eval-states is {options.eval_states}; with episodes of up to {episode_limit} steps it must be at most "
+        f"{most}",
     )
 
 

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import tables
+from jaxrl_dist import switches, tables
 
 POSITION_COLUMNS = ("iteration", "env_steps", "updates", "seconds", "configuration", "seed")
 EVALUATION_COLUMNS = (
@@ -212,6 +212,11 @@ class NoRecorder:
         pass
 
 
+def seal_of(folder: Path) -> dict[str, Any]:
+    """The seal of a run's tables as they are on the disk; nobody may be writing to them."""
+    return {name: tables.Table(Path(folder) / name).seal() for name in TABLES}
+
+
 def check_records(folder: Path, seal: Mapping[str, Any], evaluated_at: int) -> None:
     """Compare the tables of a run with the seal of a checkpoint; ValueError names path and row, and what is wrong.
 
@@ -230,19 +235,13 @@ def check_records(folder: Path, seal: Mapping[str, Any], evaluated_at: int) -> N
             raise ValueError(f"{path} has no row at env step {evaluated_at}, the last evaluation before the checkpoint")
 
 
-def read_metrics(folder: Path) -> pd.DataFrame:
-    """`metrics.csv` of a run folder, one row per (log point, seed), empty values as NaN.
+def read_metrics(folder: Path, *needs: str) -> pd.DataFrame:
+    """`metrics.csv` of a run folder, one row per (log point, seed), empty values as NaN; `needs`: more columns.
 
     An incomplete last line (a killed run) is left out with a warning. Raises ValueError when folder or file is missing,
     and as `tables.read` where it is damaged.
     """
-    path = _existing(Path(folder), "metrics.csv")
-    frame = tables.read(path)
-    if "diverged_at" in frame:
-        nowhere = frame.diverged_at.notna() & frame.get("iteration", pd.Series(np.nan, frame.index)).isna()
-        if nowhere.any():
-            raise ValueError(f"{path} row {nowhere.argmax() + 2}: diverged_at is there, but no iteration")
-    return frame
+    return tables.read(_existing(Path(folder), "metrics.csv"), ("env_steps", "seed", *needs))
 
 
 def read_evaluations(folder: Path) -> pd.DataFrame:
@@ -272,7 +271,7 @@ def read_config(folder: Path, fields: Mapping[str, type] | None = None) -> dict[
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration: packages, device, matmul precision, git commit."""
+    """What the numbers of a run depend on besides its configuration: packages, device, JAX's switches, git commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "gymnax", "brax", "numpy")
     device = jax.devices()[0]
     return {
@@ -283,6 +282,7 @@ def versions() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        **switches.recorded(),
         "git_commit": _git_commit(Path(__file__).resolve().parents[1]),
     }
 

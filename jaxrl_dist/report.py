@@ -78,7 +78,9 @@ def write(paths: Sequence[Path], out: Path, normalize: Path | None, console: Con
 
 
 def estimate(scores: np.ndarray, statistic: Callable[..., np.ndarray] = statistics.interquartile_mean) -> Estimate:
-    """A statistic of scores `[seeds]` or `[seeds, tasks]` with its 95 % interval."""
+    """A statistic of scores `[seeds]` or `[seeds, tasks]` with its 95 % interval; NaN of no seeds."""
+    if len(scores) == 0:
+        return Estimate(math.nan)
     value = float(statistic(np.reshape(scores, (1, -1)), axis=1)[0])
     return Estimate(value, *statistics.bootstrap_interval(scores, statistic)) if len(scores) > 1 else Estimate(value)
 
@@ -112,6 +114,10 @@ def _by_environment(groups: Sequence[Group], environments: Sequence[str]) -> tup
         lacking = [environment for environment in environments if environment not in own]
         if lacking:
             left_out.append(f"{label} is left out: it did not run on {listed(lacking)}.")
+            continue
+        broken = [environment for environment in environments if len(own[environment]) == 0]
+        if broken:
+            left_out.append(f"{label} is left out: no seed has finite returns on {listed(broken)}.")
             continue
         counts = [len(own[environment]) for environment in environments]
         if len(set(counts)) > 1:
@@ -166,33 +172,43 @@ def _environment(groups, environment: str, bounds, normalize: Path | None) -> di
         gap = None
         if environment in bounds:
             gap = estimate((group.scores - low) / (high - low), statistics.optimality_gap)
+        returns, seeds = group.last_episodes.episode_return, sum(len(run.seeds) for run in group.runs)
+        median, mean = (f(group.scores) if len(group.scores) else math.nan for f in (np.median, np.mean))
         rows.append({
             "label": group.label, "detail": group.detail, "iqm": estimate(group.scores),
-            "median": np.median(group.scores), "mean": np.mean(group.scores), "gap": gap,
-            "cvar": statistics.conditional_value_at_risk(group.last_episodes.episode_return, 0.1),
+            "median": median, "mean": mean, "gap": gap,
+            "cvar": statistics.conditional_value_at_risk(returns, 0.1) if len(returns) else math.nan,
             "area": estimate(group.areas) if len(group.areas) else None,
             "seeds": len(group.scores), "env_steps": listed(sorted({f"{run.last_step:,}" for run in group.runs})),
+            "diverged": f"{len(group.diverged)} of {seeds}" if len(group.diverged) else "0",
         })  # fmt: skip
-    rows.sort(key=lambda row: -row["iqm"].value)
-    largest = max(abs(score) for group in own for score in group.scores)
+    rows.sort(key=lambda row: (math.isnan(row["iqm"].value), -row["iqm"].value))
+    largest = max((abs(score) for group in own for score in group.scores), default=0)
     digits = 1 if largest >= 100 else 2 if largest >= 10 else 3
 
-    figure = plotting.learning_curve({_plain(group.label): group.curve for group in own}, title="")
-    note = figure.axes[0].texts[-1]  # its place is the caption, where long lines wrap
-    caption = f"Mean return of the evaluation episodes against environment steps, {note.get_text()}."
-    note.remove()
-    figure.axes[0].set_title("", loc="left")
-    figure.set_size_inches(FIGURE_SIZE)
-    colours = _colours(groups, [group.label for group in own])
+    drawn = [group for group in own if len(group.curve) or len(group.diverged)]
+    colours = _colours(groups, [group.label for group in drawn])
     ends = listed(f"{row['label']} {number(row['iqm'].value, digits)}" for row in rows)
+    caption, svg = "No seed has finite returns.", None
+    if drawn:
+        figure = plotting.learning_curve(
+            {_plain(group.label): group.curve for group in drawn}, title="",
+            diverged={_plain(group.label): group.diverged for group in drawn},
+        )  # fmt: skip
+        note = figure.axes[0].texts[-1]  # its place is the caption, where long lines wrap
+        caption = f"Mean return of the evaluation episodes against environment steps, {note.get_text()}."
+        note.remove()
+        figure.axes[0].set_title("", loc="left")
+        figure.set_size_inches(FIGURE_SIZE)
+        svg = _svg(figure, f"Learning curves on {environment}; interquartile means at the end: {ends}", colours)
     if environment in bounds:
         scale = f"Normalized from low {low:g} and high {high:g}" + (f" ({normalize.name})." if normalize else ".")
     else:
         scale = "All seeds have the same final score, so there is nothing to normalize by and no optimality gap."
     return {
         "name": environment, "rows": rows, "digits": digits, "caption": caption, "scale": scale,
-        "figure": _svg(figure, f"Learning curves on {environment}; interquartile means at the end: {ends}", colours),
-        "matrix": _matrix({group.label: group.scores for group in own}) if len(own) > 1 else None,
+        "figure": svg, "any_diverged": any(len(group.diverged) for group in own),
+        "matrix": _matrix(finite) if len(finite := {g.label: g.scores for g in own if len(g.scores)}) > 1 else None,
     }  # fmt: skip
 
 

@@ -171,22 +171,29 @@ normalized score above τ; higher is better. Bands: pointwise 95 % stratified bo
 {% for environment in environments %}
 <section>
 <h2>{{ environment.name }}</h2>
+{% if environment.figure %}
 <figure>
 {{ environment.figure }}
 <figcaption>{{ environment.caption }}</figcaption>
 </figure>
+{% else %}
+<p>{{ environment.caption }}</p>
+{% endif %}
 <div class="box" role="region" aria-label="Final scores on {{ environment.name }}" tabindex="0">
 <table>
 <caption>Final scores, best IQM first. {{ environment.scale }}</caption>
 <thead><tr><th scope="col">algorithm</th><th scope="col">IQM</th><th scope="col">median</th><th scope="col">mean</th>
 <th scope="col">CVaR 10 %</th><th scope="col">AUC</th><th scope="col">optimality gap</th>
-<th scope="col">seeds</th><th scope="col">env steps</th></tr></thead>
+<th scope="col">seeds</th>{% if environment.any_diverged %}<th scope="col">diverged</th>{% endif %}
+<th scope="col">env steps</th></tr></thead>
 <tbody>
 {% set digits = environment.digits %}
 {% for row in environment.rows %}
 <tr>{{ named(row.label, row.detail) }}<td>{{ estimated(row.iqm, digits) }}</td><td>{{ number(row.median, digits) }}</td>
 <td>{{ number(row.mean, digits) }}</td><td>{{ number(row.cvar, digits) }}</td><td>{{ estimated(row.area, digits) }}</td>
-<td>{{ estimated(row.gap, 3) }}</td><td>{{ row.seeds }}</td><td>{{ row.env_steps }}</td></tr>
+<td>{{ estimated(row.gap, 3) }}</td><td>{{ row.seeds }}</td>
+{% if environment.any_diverged %}<td>{{ row.diverged }}</td>{% endif %}
+<td>{{ row.env_steps }}</td></tr>
 {% endfor %}
 </tbody>
 </table>

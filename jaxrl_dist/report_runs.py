@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import recording, statistics, sweeps
+from jaxrl_dist import recording, statistics, sweeps, tables
 from jaxrl_dist.agent import require
 from jaxrl_dist.catalog import display_name
 
-EPISODE_COLUMNS = ("env_steps", "seed", "episode", "episode_return")
 MOST_OF_A_STUDY = 8
+DIVERGENCES_LISTED = 5
 NONE = "\N{EN DASH}"  # what stands where there is nothing to show
 
 
@@ -33,7 +33,15 @@ class Run:
     episodes: pd.DataFrame
     """`evaluations.csv`, without the seeds whose returns are not finite"""
     metrics: pd.DataFrame | None
+    seeds: list[int]
+    """all of them, with or without finite returns"""
+    last_step: int
     warnings: tuple[str, ...]
+
+    @property
+    def diverged(self) -> pd.DataFrame:
+        """`recording.divergences`"""
+        return recording.divergences(pd.DataFrame() if self.metrics is None else self.metrics)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -49,14 +57,6 @@ class Run:
     @property
     def place(self) -> tuple[str, str]:
         return self.algorithm, self.environment
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted(self.episodes.seed.unique().tolist())
-
-    @property
-    def last_step(self) -> int:
-        return int(self.episodes.env_steps.max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +77,16 @@ class Group:
         return curve.rename(columns={"episode_return": "evaluation_return"})
 
     @functools.cached_property
+    def diverged(self) -> pd.DataFrame:
+        return pd.concat([run.diverged for run in self.runs])
+
+    @functools.cached_property
     def last_episodes(self) -> pd.DataFrame:
         return pd.concat([run.episodes[run.episodes.env_steps == run.last_step] for run in self.runs])
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
-        """Mean return of the last evaluation, `[seeds]`, in the order of the seeds."""
+        """Mean return of the last evaluation, `[seeds]`, in the order of the seeds; of those with finite returns."""
         return self.last_episodes.groupby("seed").episode_return.mean().to_numpy()
 
     @functools.cached_property
@@ -99,10 +103,7 @@ def read_run(path: Path) -> Run:
     """One run, checked. Raises ValueError, naming it, when it is none, when it has no evaluations or is unreadable."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            about, episodes, metrics = _committed(path) if path.suffix == ".json" else _folder(path)
-        except (json.JSONDecodeError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise ValueError(f"RUN is {path}, which cannot be read: {str(error).splitlines()[0]}") from error
+        about, episodes, metrics = _committed(path) if path.suffix == ".json" else _folder(path)
     return _checked(path, about, episodes, metrics, caught)
 
 
@@ -127,39 +128,27 @@ def _configuration(path: Path, waves: Sequence[Path], number: int) -> Run:
     """One configuration of a study as a run of its own, put together from the waves in which it took part."""
     abouts = [recording.read_config(wave) for wave in waves]
     own = [(wave, about) for wave, about in zip(waves, abouts, strict=True) if number in about["configurations"]]
-    tables = [
+    joined = [
         pd.concat([table[table.configuration == number] for wave, _ in own for table in [read(wave)]])
         for read in (recording.read_evaluations, recording.read_metrics)
     ]
     about = own[-1][1]
     first_run = about["configurations"].index(number) * about["options"]["num_seeds"]
-    single = json.loads((path / "study.json").read_text(encoding="utf-8"))["config"]
+    single = recording.read_json(path / "study.json", {"config": dict})["config"]
     # Along the runs of a wave lie the floats, which are single numbers in the study's own configuration.
     config = {
         name: value[first_run] if isinstance(value, list) and not isinstance(single.get(name), list) else value
         for name, value in about["config"].items()
     }
-    return _checked(path / f"configuration_{number}", {**about, "config": config, "configurations": []}, *tables, [])
+    return _checked(path / f"configuration_{number}", {**about, "config": config, "configurations": []}, *joined, [])
 
 
 def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFrame | None, caught: Sequence) -> Run:
-    is_run = isinstance(about, dict) and all(isinstance(about.get(name), dict) for name in ("config", "options"))
-    is_run = is_run and isinstance(about.get("algorithm"), str) and isinstance(about["options"].get("env_id"), str)
-    require(is_run, f"RUN is {path}, which is no run: its JSON has no algorithm, config or options.env_id")
     require(not about.get("configurations"), f"RUN is {path}, a wave of a study; its table is the study's")
     name = str(Path(*path.parts[-3:]))
     said = [str(each.message).replace(str(path), name) for each in caught if each.category is UserWarning]
     environment = " ".join([about["options"]["env_id"], *map(str, about["options"].get("env_options") or ())])
-
-    missing = [column for column in EPISODE_COLUMNS if column not in episodes]
-    require(not missing, f"RUN is {path}, whose evaluations have no column {', '.join(missing)}")
-    require(len(episodes) > 0, f"RUN is {path}, which holds no evaluations")
-    episodes = episodes[list(EPISODE_COLUMNS)].apply(pd.to_numeric, errors="coerce")
-    places = episodes[["env_steps", "seed", "episode"]]
-    require(np.isfinite(places).all(axis=None), f"RUN is {path}, whose evaluations have an env step or seed missing")
-    twice = places[places.duplicated()]
-    require(twice.empty, f"RUN is {path}, which has an evaluation episode twice: {twice.head(1).to_dict('records')}")
-    episodes = episodes.astype(dict.fromkeys(places.columns, int))
+    seeds, last_step = sorted(episodes.seed.unique().tolist()), int(episodes.env_steps.max())
 
     finite = np.isfinite(episodes.episode_return)
     if not finite.all():
@@ -169,7 +158,6 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
             f"({listed(broken)}) are left out of every number, which are those of the other seeds"
         )
         episodes = episodes[~episodes.seed.isin(broken)]
-        require(len(episodes) > 0, f"RUN is {path}, in which no seed has finite evaluation returns")
     counts = episodes.groupby(["env_steps", "seed"]).size()
     expected = episodes.env_steps.nunique() * episodes.seed.nunique()
     if len(counts) < expected:
@@ -177,14 +165,18 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
     if counts.min() < counts.max():
         said.append(f"{name}: evaluations have from {counts.min()} to {counts.max()} episodes")
     if metrics is not None:
-        metrics = metrics.apply(pd.to_numeric, errors="coerce")
-        infinite = [column for column in metrics if np.isinf(metrics[column]).any()]
+        infinite = [column for column in metrics.select_dtypes("number") if np.isinf(metrics[column]).any()]
         if infinite:
             said.append(f"{name}: metrics are not finite: {', '.join(infinite)}")
     total = about["options"].get("total_steps")
-    if isinstance(total, int) and episodes.env_steps.max() < total:
-        said.append(f"{name}: the last evaluation is at {episodes.env_steps.max():,} of {total:,} env steps")
-    return Run(name, about["algorithm"], environment, about, episodes, metrics, tuple(said))
+    if isinstance(total, int) and last_step < total:
+        said.append(f"{name}: the last evaluation is at {last_step:,} of {total:,} env steps")
+    run = Run(name, about["algorithm"], environment, about, episodes, metrics, seeds, last_step, ())
+    if len(run.diverged):
+        first = [f"{row.seed} ({row.metric} at iteration {row.iteration:,})" for row in run.diverged.itertuples()]
+        more = f" and {len(first) - DIVERGENCES_LISTED} more" if len(first) > DIVERGENCES_LISTED else ""
+        said.append(f"{name}: {len(first)} of {len(seeds)} seeds diverged: {listed(first[:DIVERGENCES_LISTED])}{more}")
+    return dataclasses.replace(run, warnings=tuple(said))
 
 
 def _folder(path: Path):
@@ -199,17 +191,18 @@ def _committed(path: Path):
     evaluations, metrics = path.with_suffix(".csv"), path.parent / "metrics" / f"{path.stem}.csv"
     require(path.is_file(), f"RUN is {path}, which does not exist")
     require(evaluations.is_file(), f"RUN is {path}, which holds no evaluations ({evaluations} does not exist)")
-    about = json.loads(path.read_text(encoding="utf-8"))
-    return about, pd.read_csv(evaluations), pd.read_csv(metrics) if metrics.is_file() else None
+    about = recording.read_json(path, recording.CONFIG_FIELDS)
+    episodes = tables.read(evaluations, recording.EPISODE_COLUMNS)
+    return about, episodes, tables.read(metrics) if metrics.is_file() else None
 
 
 def read_bounds(path: Path, groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
     """The returns that count as 0 and 1, of every environment of the groups. Raises ValueError, naming the file."""
     require(path.is_file(), f"--normalize is {path}, which is no file")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--normalize is {path}, which is no JSON: {error}") from error
+        found = recording.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"--normalize is {path}, which cannot be read ({error})") from error
     require(isinstance(found, dict), f"--normalize is {path}; it must be an object {{environment: [low, high]}}")
     bounds = {}
     for environment in environments_of(groups):
@@ -229,7 +222,7 @@ def lowest_and_highest(groups: Sequence[Group]) -> dict[str, tuple[float, float]
     bounds = {}
     for environment in environments_of(groups):
         scores = np.concatenate([group.scores for group in groups if group.environment == environment])
-        if scores.min() < scores.max():
+        if len(scores) and scores.min() < scores.max():
             bounds[environment] = (float(scores.min()), float(scores.max()))
     return bounds
 

@@ -79,6 +79,12 @@ def draw_return_distribution(
     )  # fmt: skip
     found = compare(jax.device_put(state, jax.local_devices()[0]), key)
     found = jax.tree.map(np.asarray, found)
+    if not all(np.isfinite(part).all() for part in jax.tree.leaves(found)):
+        console.print(f"no {path}: learned or observed returns are not finite")
+        return
+    missing = float(found.missing.mean())
+    if missing > evaluation.NEGLIGIBLE_WEIGHT:
+        title += f"; beyond the rollouts: {missing:.0%} of the weight"
     plotting.return_distribution(path, predicted=found.predicted, monte_carlo=found.monte_carlo, title=title)
 
 
@@ -107,6 +113,9 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     config = from_json(module.Config, saved["config"], f"{path}: config")
     options = from_json(RunOptions, saved["options"] | {"runs_mode": saved["runs_mode"]}, f"{path}: options")
     options = dataclasses.replace(options, device="auto", devices="all", resume="")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    iteration = checkpoints.newest()
+    require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
     try:
         problem = prepare(saved["algorithm"], module.make_agent, config, options)
     except ConfigurationError as error:
@@ -116,9 +125,6 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
         num_runs=options.num_seeds, runs_mode=options.runs_mode,
         eval_episodes=episodes, eval_max_steps=options.eval_max_steps,
     )  # fmt: skip
-    checkpoints = Checkpoints(folder / "checkpoints")
-    iteration = checkpoints.newest()
-    require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
     like = {"training": programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
     state = checkpoints.load(iteration, like)["training"]
     return SavedRun(problem, programs, np.arange(options.seed, options.seed + options.num_seeds), state, iteration)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from jaxrl_dist import hosts, recording, training
-from jaxrl_dist.agent import Agent, option, require
+from jaxrl_dist import hosts, recording, switches, training
+from jaxrl_dist.agent import Agent, ConfigurationError, option, require
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.problem import Problem
 
@@ -22,12 +22,13 @@ FIXED = (
 class Past(NamedTuple):
     """Where a run goes on.
 
-    description: its `config.json`. seal: what its tables were at the checkpoint (`recording.check_records`); empty
-    where they are not what they were and the user said to go on.
+    description: its `config.json`. about: what was stored about its checkpoint. seal: what its tables were at the
+    checkpoint (`recording.check_records`); empty where they are not what they were and the user said to go on.
     """
 
     iteration: int
     description: dict[str, Any]
+    about: dict[str, Any]
     seal: dict[str, Any]
 
     @property
@@ -58,26 +59,33 @@ def look_back(folder: Path, problem: Problem, agent: Agent, console: Console) ->
     )
     last_evaluation = iteration - iteration % description["intervals"]["evaluation"]
     evaluated_at = agent.warmup_steps + last_evaluation * agent.steps_per_iteration
-    seal = hosts.by_first(lambda: _seal(folder, checkpoints, iteration, evaluated_at, problem, console))
-    return Past(iteration, description, seal)
+    about = hosts.by_first(lambda: checkpoints.about(iteration))
+    seal = hosts.by_first(lambda: _seal(folder, about, evaluated_at, problem, console))
+    return Past(iteration, description, about, seal)
 
 
 def _description(folder: Path, problem: Problem) -> dict[str, Any] | None:
     if not (folder / "config.json").exists():
         return None  # whether there must be one, `runner.claim` knows
-    fields = {"intervals": dict, "intervals.evaluation": int, "intervals.checkpoint": int, "ring_steps": int}
+    fields = {
+        "intervals": dict,
+        "intervals.evaluation": int,
+        "intervals.checkpoint": int,
+        "ring_steps": int,
+        "versions": dict,
+    }
     description = recording.read_config(folder, {**fields, "commands": list})
     require_same_settings(
         description, {"config": dataclasses.asdict(problem.config), "options": dataclasses.asdict(problem.options)}
     )
+    for sentence in switches.changed(description["versions"], recording.versions()):
+        raise ConfigurationError(sentence)
     return description
 
 
-def _seal(
-    folder: Path, checkpoints: Checkpoints, iteration: int, evaluated_at: int, problem: Problem, console: Console
-) -> dict[str, Any]:
+def _seal(folder: Path, about: dict[str, Any], evaluated_at: int, problem: Problem, console: Console) -> dict[str, Any]:
     """The checkpoint's seal of the tables, which they fulfil; empty where they do not and the run is to go on."""
-    seal = checkpoints.about(iteration).get("tables", {})
+    seal = about.get("tables", {})
     try:
         recording.check_records(folder, seal, evaluated_at)
     except ValueError as damage:

@@ -168,7 +168,7 @@ class _Session:
         self.training_seconds = 0.0
         self.interrupted = False  # a signal has come to this process
         self.stopped = False  # all processes have agreed to stop
-        self.warned_of_clipping = False
+        self.warned_of_clipping = self.warned_of_missing = False
         self.diverged: dict[int, tuple[int, str]] = {}  # run -> iteration and metric
         self.last_returns: np.ndarray | None = None  # [runs, episodes]
         self.largest_bonus = np.zeros(len(self.runs))
@@ -203,7 +203,11 @@ class _Session:
         finally:
             recorder.close()
         if self.stopped:
-            again = "" if self.problem.configurations else f"; continue with --name {self.folder.name} --resume latest"
+            again = (
+                ""
+                if self.problem.configurations
+                else f"; continue with --name {self.options.name or self.folder.name} --resume latest"
+            )
             self.console.print(f"stopped at iteration {iteration}{again}")
             raise KeyboardInterrupt
         self._print_results(iteration)
@@ -298,6 +302,7 @@ class _Session:
             return self.programs.begin(self.training_keys), 0
         iteration = self.past.iteration
         state = self._load(iteration)
+        self.largest_bonus = np.asarray(self.past.about["largest_bonus"])
         # What lies beyond the checkpoint will be done again.
         recorder.truncate_after(iteration, self.env_steps(iteration), self.past.seal)
         self.checkpoints.remove_after(iteration)
@@ -322,7 +327,7 @@ class _Session:
         """The states of this wave's runs at the end of `sources`, whose other runs stay behind."""
         like = self.programs.abstract_training
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # all runs may not fit a device
-        parts, found = [], []
+        parts, bonus, found = [], [], []
         for folder in sources:
             there = recording.read_config(folder, {"configurations": list})["configurations"]
             wanted = [number for number in there if number in self.problem.configurations]
@@ -339,9 +344,11 @@ class _Session:
             seconds = jax.ShapeDtypeStruct((), np.float64)
             loaded = checkpoints.load(iteration, {"training": abstract, "seconds": seconds})
             parts.append(training.take_runs(loaded["training"], runs))
+            bonus.append(np.asarray(checkpoints.about(iteration)["largest_bonus"])[runs])
             self.training_seconds = max(self.training_seconds, float(loaded["seconds"]))
             found += wanted
         require(tuple(found) == tuple(self.problem.configurations), f"{sources} hold the configurations {found}")
+        self.largest_bonus = np.concatenate(bonus)
         return training.join_runs(parts, loaded["training"], jax.tree.map(lambda x: x.sharding, like)), iteration
 
     def _description(self) -> dict[str, Any]:
@@ -419,6 +426,9 @@ class _Session:
                 self._save(state, iteration, recorder)
         return state, iteration
 
+    def _warn(self, sentence: str) -> None:
+        self.console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def _name(self, run: int) -> str:
         return ", ".join(f"{what} {number}" for what, number in self.runs[run].items())
 
@@ -439,7 +449,8 @@ class _Session:
         judged = {"evaluation_return": episodes.episode_return.mean(1)}
         if self.programs.calibrates:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
-            judged |= hosts.gather(self.programs.calibrate(state, keys))._asdict()
+            calibration = hosts.gather(self.programs.calibrate(state, keys))._asdict()
+            judged |= {name: values for name, values in calibration.items() if values is not None}
         state = self._note_broken_evaluations(state, judged, iteration)
         largest_reward = hosts.gather(self.programs.largest_reward(state))
         bounds = self._value_bounds(largest_reward, averages)
@@ -453,7 +464,11 @@ class _Session:
             metrics = {name: float(value) for name, value in zip(self._names, averages[run], strict=True)}
             clock = {"seconds": round(self.training_seconds, 3)}
             diverged_at, diverged_metric = self.diverged.get(run, (None, None))
-            marks = {"value_bound": bounds[run], "diverged_at": diverged_at, "diverged_metric": diverged_metric}
+            marks = {
+                "value_bound": bounds[run],
+                "diverged_at": diverged_at,
+                "diverged_metric": diverged_metric,
+            }
             judgement = {name: float(values[run]) for name, values in judged.items()}
             rows.append(position | clock | judgement | metrics | marks)
             outcomes = zip(episodes.episode_return[run], episodes.episode_length[run], strict=True)
@@ -465,6 +480,7 @@ class _Session:
         recorder.append_evaluations(episode_rows)
         recorder.append(rows)
         self._warn_of_clipping(rows)
+        self._warn_of_missing(rows)
         self._warn_of_implausible(rows)
         self.last_returns = episodes.episode_return
         self._stop_if_diverged()
@@ -477,30 +493,38 @@ class _Session:
             self.warned_of_clipping = True
             worst = max(range(len(rows)), key=lambda run: rows[run].get("clipped_mass", 0.0))
             config = self._config_of(worst)
-            self.console.print(
-                f"[yellow]clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps in {self._name(worst)}: "
+            self._warn(
+                f"clipped_mass is {clipped:.0%} at {rows[0]['env_steps']:,} env steps in {self._name(worst)}: "
                 f"so much of the targets lies outside --v-min {config.v_min:g} and --v-max {config.v_max:g}; widen "
                 "them, or use --probe-support"
             )
 
-    def _value_bounds(self, largest_reward: np.ndarray, averages: np.ndarray) -> np.ndarray:
-        """The largest |value| that rewards and discount allow, `[runs]`: those seen so far, for ever; inf or NaN where
-        nothing is known. The bonus of soft agents counts like a reward."""
+    def _warn_of_missing(self, rows: list[dict[str, Any]]) -> None:
+        """Say once when Monte-Carlo returns leave much of their weight out."""
+        missing = [row.get("calibration_missing", 0.0) for row in rows]
+        worst = int(np.argmax(np.nan_to_num(missing)))
+        sentence = evaluation.what_is_missing(missing[worst], getattr(self._config_of(worst), "discount", 1.0))
+        if sentence and not self.warned_of_missing:
+            self.warned_of_missing = True
+            self._warn(f"{self._name(worst)}: {sentence}")
+
+    def _value_bounds(self, largest_reward: np.ndarray, averages: np.ndarray) -> list[float | None]:
+        """The largest |value| of each run that rewards and discount allow: the largest reward so far, for ever; None
+        where there is no such bound. The bonus of soft agents counts like a reward."""
         if "largest_bonus" in self._names:
             bonus = np.nan_to_num(averages[:, self._names.index("largest_bonus")])
             self.largest_bonus = np.maximum(self.largest_bonus, bonus)
         discount = getattr(self.problem.config, "discount", 1.0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (largest_reward + self.largest_bonus) / (1 - np.broadcast_to(discount, len(self.runs)))
+            bounds = (largest_reward + self.largest_bonus) / (1 - np.broadcast_to(discount, len(self.runs)))
+        return [float(bound) if np.isfinite(bound) else None for bound in bounds]
 
     def _warn_of_implausible(self, rows: list[dict[str, Any]]) -> None:
         """Say once, and again when it is ten times worse, that learned values are beyond what is possible."""
 
         def excess(row: dict[str, Any]) -> float:
-            ratios = [
-                abs(row.get(name, 0.0)) / row["value_bound"] for name in ("value", "target") if row["value_bound"]
-            ]
-            return max((ratio for ratio in ratios if np.isfinite(ratio)), default=0.0)
+            claimed = max(abs(row.get(name, 0.0)) for name in ("value", "target"))  # NaN in a first row
+            return claimed / row["value_bound"] if row["value_bound"] and claimed > 0 else 0.0
 
         worst = max(range(len(rows)), key=lambda run: excess(rows[run]))
         if excess(rows[worst]) <= self.implausible_said:
@@ -508,8 +532,8 @@ class _Session:
         self.implausible_said = WORSE * excess(rows[worst])
         row = rows[worst]
         name = max(("value", "target"), key=lambda name: abs(row.get(name, 0.0)))
-        self.console.print(
-            f"[yellow]{name} is {row[name]:.4g} at {row['env_steps']:,} env steps in {self._name(worst)}, but no "
+        self._warn(
+            f"{name} is {row[name]:.4g} at {row['env_steps']:,} env steps in {self._name(worst)}, but no "
             f"policy can be worth more than {row['value_bound']:.4g}: the largest |reward| seen so far"
             f"{', and bonus,' if self.largest_bonus[worst] else ''} over 1 - discount; the critic over-estimates or "
             "diverges"
@@ -525,8 +549,8 @@ class _Session:
             column = min(np.flatnonzero(broken_at[run] >= 0), key=lambda column: broken_at[run, column])
             self.diverged[int(run)] = int(broken_at[run, column]), watched[column]
             if say and self.options.on_divergence == "freeze":
-                self.console.print(
-                    f"[yellow]{watched[column]} became NaN or infinite at iteration {broken_at[run, column]} in "
+                self._warn(
+                    f"{watched[column]} became NaN or infinite at iteration {broken_at[run, column]} in "
                     f"{self._name(run)}: frozen at its last finite learner, the others go on"
                 )
 
@@ -556,7 +580,8 @@ class _Session:
 
     def _save(self, state: training.Training, iteration: int, recorder: recording.Recorder) -> None:
         tree = {"training": state, "seconds": np.float64(self.training_seconds)}
-        self.checkpoints.save(iteration, tree, about={"tables": recorder.seal()})
+        about = {"tables": recorder.seal(), "largest_bonus": self.largest_bonus.tolist()}
+        self.checkpoints.save(iteration, tree, about)
 
     def _headline(self) -> str:
         return "return IQM ..." if self.last_returns is None else progress.headline(self.last_returns)
@@ -594,7 +619,11 @@ class _Session:
         if returns is None:
             returns = hosts.by_first(lambda: self._recorded_returns(iteration))
         if returns is not None:
-            reporting.print_results(self.console, self.seeds, np.asarray(returns))
+            diverged = {
+                self.seeds[run]: f"at iteration {iteration:,}: {metric}"
+                for run, (iteration, metric) in self.diverged.items()
+            }
+            reporting.print_results(self.console, self.seeds, np.asarray(returns), diverged)
 
     def _print_speed(self, iteration: int) -> None:
         runs = len(self.runs)

@@ -102,6 +102,11 @@ class Waves:
         """
         seeds, cut = self.options.num_seeds, hosts.by_first(lambda: self._record(part))
         if cut:
+            there = sorted(number for wave in cut for number in wave)
+            require(
+                there == sorted(numbers),
+                f"{self.folder / part / 'waves.json'} has the configurations {there}; they must be {sorted(numbers)}",
+            )
             found = [(wave, [self.problems[number].config for number in wave]) for wave in cut]
             waves = [sweeps.Wave(tuple(wave), sweeps.stacked(configs, seeds)) for wave, configs in found]
         else:
@@ -123,7 +128,8 @@ class Waves:
         )
         one = self.problems[wave.numbers[0]]._replace(config=wave.config, options=options, configurations=wave.numbers)
         runner.train(one, self.console, self._programs_for(one), leg)
-        hosts.by_first((path / "finished").touch)
+        # The mark holds the seal of the tables, so that a study is never ranked by what somebody changed later.
+        hosts.by_first(lambda: recording.write_json(path / "finished", {"records": recording.seal_of(path)}))
 
     def _write_record(self, part: str, waves: Sequence[sweeps.Wave]) -> None:
         (self.folder / part).mkdir(exist_ok=True)
@@ -131,7 +137,16 @@ class Waves:
 
     def _record(self, part: str) -> list[list[int]]:
         record = self.folder / part / "waves.json"
-        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+        if not record.exists():
+            return []
+        waves = recording.read_json(record)
+        lists = isinstance(waves, list) and all(isinstance(wave, list) and wave for wave in waves)
+        numbers = [number for wave in waves for number in wave] if lists else []
+        require(
+            bool(numbers) and all(type(x) is int and x >= 0 for x in numbers) and len({*numbers}) == len(numbers),
+            f"{record} is damaged: it must be lists of the numbers of configurations, each number once",
+        )  # fmt: skip
+        return waves
 
     def _programs_for(self, one: problem.Problem) -> training.Programs:
         """Waves of the same group and size share programs, whichever rung they belong to."""
@@ -166,12 +181,17 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     table = pd.DataFrame(study["configurations"])
     for field in fields:
         table[field] = [sweeps.shown(x) if isinstance(x, list | bool) else x for x in table[field]]
-    results = metrics_of(finished).merge(table, on="configuration")
-    require(metric in results, f"--metric is {metric!r}; the study has {', '.join(results.columns)}")
+    metrics = metrics_of(finished)
+    unknown = sorted({*metrics.configuration} - {*table.configuration})
+    require(not unknown, f"{folder / 'study.json'} lacks the configurations {unknown}, which were trained")
+    results = metrics.merge(table, on="configuration")
+    numeric = [name for name in results if pd.api.types.is_numeric_dtype(results[name])]
+    require(metric in numeric, f"--metric is {metric!r}; the study has {', '.join(numeric)}")
     results.to_csv(folder / "results.csv", index=False)
     ranking = sweeps.ranking(results, fields, metric)
     ranking.to_csv(folder / "ranking.csv", index=False)
-    _print_ranking(console, study, ranking, metric)
+    no_winner = bool((sweeps.standings(results, metric) == sweeps.ALL_BROKEN).all())
+    _print_ranking(console, study, ranking, metric, no_winner)
     title = f"{display_name(study['algorithm'])} on {study['options']['env_id']}"
     plotting.ranking(ranking, fields, out or folder / "ranking.png", title=title, metric=metric)
     equal = ranking
@@ -191,21 +211,32 @@ def metrics_of(waves: Sequence[Path]) -> pd.DataFrame:
     """The metrics of several waves in one table, under successive halving with the number of the `rung`."""
     frames = []
     for wave in waves:
-        frame = recording.read_metrics(wave)
+        mark = wave / "finished"
+        if mark.is_file() and mark.stat().st_size:  # older marks are empty
+            recording.check_records(wave, recording.read_json(mark, {"records": dict})["records"], 0)
+        frame = recording.read_metrics(wave, "configuration", "evaluation_return")
         kind, _, number = wave.parent.name.partition("_")
         if kind == "rung":
             frame.insert(0, "rung", int(number))
         frames.append(frame)
-    return pd.concat(frames)
+    return pd.concat(frames, ignore_index=True)
 
 
 def is_study(folder: Path) -> bool:
     return (folder / "study.json").is_file()
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """`study.json` of a study's folder."""
-    return json.loads((folder / "study.json").read_text(encoding="utf-8"))
+def read(folder: Path, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """`study.json` of a study's folder; ValueError, naming the file, where it is damaged or lacks `fields`."""
+    path = folder / "study.json"
+    found = recording.read_json(
+        path, {**recording.CONFIG_FIELDS, "fields": list, "configurations": list, **(fields or {})}
+    )
+    needed = {"configuration", *map(str, found["fields"])}
+    for index, values in enumerate(found["configurations"]):
+        fits = isinstance(values, dict) and needed <= values.keys() and type(values["configuration"]) is int
+        require(fits, f"{path}: configurations[{index}] is {values!r}; it must have {', '.join(sorted(needed))}")
+    return found
 
 
 def write_or_compare(
@@ -219,7 +250,8 @@ def write_or_compare(
     if not is_study(folder):
         recording.write_json(folder / "study.json", description)
         return
-    before, as_written = read(folder), json.loads(json.dumps(description))
+    as_written = json.loads(json.dumps(description))
+    before = read(folder, {name: type(as_written[name]) for name in equal})
     resuming.require_same_settings(before, as_written, "total_steps", "probe_support")
     for name in equal:
         require(
@@ -268,7 +300,9 @@ def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps
         console.print(f"successive halving: {stages} env steps, {part:.0%} of training all to the end")
 
 
-def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str) -> None:
+def _print_ranking(
+    console: Console, study: dict[str, Any], ranking: pd.DataFrame, metric: str, no_winner: bool
+) -> None:
     fields = study["fields"]
     # Narrow enough for 80 columns: an interval is one column, a rung stands for its env steps, and names are broken.
     table = Table(title=f"{metric.replace('_', ' ')} of the last evaluation, IQM over seeds", box=box.SIMPLE_HEAD)
@@ -285,6 +319,9 @@ def _print_ranking(console: Console, study: dict[str, Any], ranking: pd.DataFram
     console.print(table)
     if len(ranking) > SHOWN_ROWS:
         console.print(f"{len(ranking) - SHOWN_ROWS} more in ranking.csv")
+    if no_winner:
+        console.print("best: none; every seed of every configuration diverged, or has no finite value")
+        return
     best = ranking.iloc[0]
     sure = f", first in {best['best']:.0%} of bootstrap resamples" if best.get("best", float("nan")) >= 0 else ""
     if "rung" in ranking:

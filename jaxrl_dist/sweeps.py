@@ -5,6 +5,7 @@ each choice of the static fields (sizes, switches, names) is a group of its own.
 is trained in waves. `study` trains them; this module says what they are.
 """
 
+import csv
 import dataclasses
 import itertools
 import math
@@ -17,15 +18,17 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxrl_dist import arguments, statistics
+from jaxrl_dist import statistics
 from jaxrl_dist.agent import ConfigurationError, Natural, Seed, check_configuration, option, require
 from jaxrl_dist.agent import Range as Bounds
+from jaxrl_dist.arguments import HELP, read, whole_number
 from jaxrl_dist.wording import alternatives, nearest
 
 PREFIX = "--sweep."
 MOST = 100_000
 """configurations of a sweep"""
 Configurations = Annotated[int, Bounds(0, MOST)]
+SOME_BROKEN, ALL_BROKEN = 1, 2  # how many seeds of a configuration; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, list
             field = name.replace("-", "_")
             require(field not in swept, f"{PREFIX}{name} is given twice; give all its values after one")
             words = swept[field] = [value] if equals else []
-        elif argument.startswith("--"):
+        elif argument.startswith("--") or argument in HELP:
             words = None
             rest.append(argument)
         else:
@@ -118,7 +121,7 @@ def _axis(config_type: type, field: str, words: Sequence[str], random: bool) -> 
             "one by one",
         )
         return _range(name, words[0], random)
-    values = [arguments.read(name, hint, [word]) for word in words]
+    values = [read(name, hint, [word]) for word in words]
     require(len(set(values)) == len(values), f"{name} is {' '.join(words)}; every value once")
     return values
 
@@ -130,7 +133,7 @@ def _range(name: str, word: str, random: bool) -> Range:
     wanted = f"{name} is {word}; it must be LOW:HIGH:COUNT or LOW:HIGH:COUNT:log" + (", or without COUNT" * random)
     try:
         low, high = float(numbers[0]), float(numbers[1])
-        count = arguments.whole_number(numbers[2]) if len(numbers) == 3 else 0
+        count = whole_number(numbers[2]) if len(numbers) == 3 else 0
     except (ValueError, IndexError):
         require(False, wanted)
     require(len(numbers) == 3 or (random and len(numbers) == 2), wanted)
@@ -161,20 +164,23 @@ def from_file(config_type: type, path: Path) -> list[dict[str, Any]]:
     """One configuration per row of a CSV file whose columns are fields; ConfigurationError names what is wrong."""
     require(path.is_file(), f"--sweep-file is {path}, which is no file")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # of pandas' many, all are ValueErrors: not UTF-8, no columns, rows too long
-        raise ConfigurationError(f"--sweep-file is {path}, which cannot be read: {error}") from error
-    require(len(table) > 0, f"--sweep-file is {path}, which has no rows")
-    hints = typing.get_type_hints(config_type)
-    for field in table:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (ValueError, csv.Error) as error:  # not UTF-8, a quote without end, or nothing at all
+        raise ConfigurationError(f"--sweep-file is {path}, which is no CSV file with a header: {error}") from error
+    hints, found = typing.get_type_hints(config_type), []
+    for field in header:
         require(field in hints, f"--sweep-file is {path}, whose column {field!r} is no field of the algorithm")
-    return [
-        {
-            field: arguments.read(f"--sweep-file {path}, row {number}, {field}", hints[field], [row[field]])
-            for field in table
-        }
-        for number, row in enumerate(table.to_dict("records"), start=2)
-    ]
+        require(header.count(field) == 1, f"--sweep-file is {path}, which has the column {field!r} twice")
+    for number, row in enumerate(rows, start=2):
+        if not row:
+            continue  # an empty line
+        where = f"--sweep-file {path}, row {number}"
+        require(len(row) == len(header), f"{where}, has {len(row)} cells, but the header {len(header)}")
+        cells = zip(header, row, strict=True)
+        found.append({field: read(f"{where}, {field}", hints[field], [cell]) for field, cell in cells})
+    require(len(found) > 0, f"--sweep-file is {path}, which has no rows")
+    return found
 
 
 def check(options: SweepOptions) -> None:
@@ -308,9 +314,12 @@ def rungs(count: int, total_steps: int, options: SweepOptions) -> list[Rung]:
 
 
 def best(results: pd.DataFrame, count: int) -> list[int]:
-    """Numbers of the `count` configurations with the best last evaluation, ascending; of equals the first numbers."""
+    """Numbers of the `count` configurations with the best last evaluation, ascending; of equals the first numbers.
+
+    Those with diverged seeds come after all others (`standings`).
+    """
     scores = _last_scores(results, "evaluation_return")
-    order = np.argsort(-statistics.interquartile_mean(scores.values, axis=1), kind="stable")
+    order = np.lexsort((-_means(scores), standings(results)))
     return sorted(int(number) for number in scores.index[order[:count]])
 
 
@@ -323,39 +332,73 @@ def ranking(results: pd.DataFrame, fields: Sequence[str], metric: str = "evaluat
     `low` and `high` are the 95 % bootstrap interval over seeds; `best` is the part of bootstrap resamples (of the seeds
     of every configuration) in which the configuration comes first: how sure the choice is.
 
+    Seeds whose value is not finite are left out of all three; where there are any, `left_out` counts them. Where seeds
+    diverged, `diverged` counts those. Configurations that have either stand below all others, and those of which it is
+    every seed at the end (`standings`).
+
     Under successive halving (`results` with a column `rung`) those that came further stand first, whatever their
     scores, since scores after unequal training do not compare; `rung` and `env_steps` say how far that was. `best` is
     then among those of the last rung, and empty for the others and where only one is left.
     """
-    scores = _last_scores(results, metric)
+    scores, standing = _last_scores(results, metric), standings(results, metric)
     further = ["rung", "env_steps"] if "rung" in results else []
     last = results.sort_values("env_steps").drop_duplicates("configuration", keep="last").set_index("configuration")
     rows = last[[*further, *fields]].sort_index()
-    rows[metric] = statistics.interquartile_mean(scores.values, axis=1)
-    seeds = scores.shape[1]
-    if seeds > 1:
-        intervals = [statistics.bootstrap_interval(row) for row in scores.values]
+    rows[metric] = _means(scores)
+    if scores.shape[1] > 1:
+        finite = [row[np.isfinite(row)] for row in scores.values]
+        intervals = [statistics.bootstrap_interval(row) if len(row) > 1 else (np.nan, np.nan) for row in finite]
         rows["low"], rows["high"] = np.transpose(intervals)
-        compared = (rows.rung == rows.rung.max()).to_numpy() if further else np.full(len(rows), True)
-        chosen = np.random.default_rng(0).integers(seeds, size=(1_000, len(scores), seeds))
-        resampled = np.take_along_axis(scores.values[None], chosen, axis=2)
-        winners = statistics.interquartile_mean(resampled[:, compared], axis=2).argmax(1)
+        compared = (standing == standing.min()) & (standing < ALL_BROKEN)
+        if further:
+            compared &= rows.rung == rows.rung[compared].max()
         rows["best"] = np.nan
         if compared.sum() > 1 or compared.all():
+            generator = np.random.default_rng(0)
+            rivals = [row for row, is_in in zip(finite, compared, strict=True) if is_in]
+            chosen = [row[generator.integers(len(row), size=(1_000, len(row)))] for row in rivals]
+            winners = np.argmax([statistics.interquartile_mean(x, axis=1) for x in chosen], axis=0)
             rows.loc[compared, "best"] = np.bincount(winners, minlength=compared.sum()) / 1_000
-    return rows.sort_values([*further[:1], metric], ascending=False, kind="stable").reset_index()
+    for name, seeds in (("diverged", _diverged(results)), ("left_out", scores.isna())):
+        if seeds.any(axis=None):
+            rows[name] = seeds.sum(axis=1)
+    order = ["standing", *further[:1], metric]
+    ranked = rows.assign(standing=standing).sort_values(order, ascending=[name == "standing" for name in order])
+    return ranked.drop(columns="standing").reset_index()
 
 
-def score(results: pd.DataFrame, configuration: int) -> float:
-    """The interquartile mean over seeds of one configuration's last evaluation."""
-    scores = _last_scores(results, "evaluation_return").loc[configuration]
-    return float(statistics.interquartile_mean(scores.values))
+def standings(results: pd.DataFrame, metric: str = "evaluation_return") -> pd.Series:
+    """Per configuration: 0 where all is well, `SOME_BROKEN` or `ALL_BROKEN` where so many seeds diverged or have no
+    finite last value of the metric."""
+    scores = _last_scores(results, metric)
+    broken = scores.isna() | _diverged(results)
+    return (SOME_BROKEN * broken.any(axis=1) + (ALL_BROKEN - SOME_BROKEN) * broken.all(axis=1)).rename("standing")
+
+
+def score(results: pd.DataFrame, configuration: int) -> float | None:
+    """The interquartile mean over seeds of one configuration's last evaluation; None where a seed broke."""
+    if standings(results)[configuration]:
+        return None
+    return float(_means(_last_scores(results, "evaluation_return").loc[[configuration]])[0])
 
 
 def _last_scores(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The metric at each configuration's own last evaluation, `[configurations, seeds]`."""
+    """The metric at each configuration's own last evaluation, `[configurations, seeds]`, NaN where it is not finite."""
     last = results[results.env_steps == results.groupby("configuration").env_steps.transform("max")]
-    return last.pivot(index="configuration", columns="seed", values=metric)
+    scores = last.pivot(index="configuration", columns="seed", values=metric).astype(float)
+    return scores.where(np.isfinite(scores)).reindex(columns=sorted(results.seed.unique()))
+
+
+def _diverged(results: pd.DataFrame) -> pd.DataFrame:
+    """Which runs diverged, `[configurations, seeds]`; tables without the column are older, and nobody did."""
+    marked = results.diverged_at.notna() if "diverged_at" in results else pd.Series(False, results.index)
+    return marked.groupby([results.configuration, results.seed]).any().unstack(fill_value=False)
+
+
+def _means(scores: pd.DataFrame) -> np.ndarray:
+    """Interquartile means over the seeds that have a score, `[configurations]`; NaN where none has."""
+    rows = [row[np.isfinite(row)] for row in scores.values]
+    return np.array([statistics.interquartile_mean(row) if len(row) else np.nan for row in rows])
 
 
 def shown(value: Any) -> str:

@@ -142,7 +142,7 @@ def check(path: Path, seal: Mapping[str, Any]) -> None:
     Rows after the sealed ones may be there.
     """
     count, per_block = seal["rows"], seal["rows_per_block"]
-    written = f"{count} rows (with the header) were written before the checkpoint"
+    written = f"{count} rows (with the header) were written"
     if not path.is_file():
         raise ValueError(f"{path} does not exist, but {written}")
     data = path.read_bytes()
@@ -169,7 +169,7 @@ def check(path: Path, seal: Mapping[str, Any]) -> None:
             raise ValueError(f"{path} ends at row {len(lines)}, but {written}")
         raise ValueError(f"{path} row {len(lines) + 1} is cut off, and {written}")
     where = f"row {start + 1} is" if end - start == 1 else f"one of the rows {start + 1} to {end} is"
-    raise ValueError(f"{path}: {where} not as it was written before the checkpoint{missing}")
+    raise ValueError(f"{path}: {where} not as it was written{missing}")
 
 
 def read(path: Path, needs: Sequence[str] = ("env_steps", "seed")) -> pd.DataFrame:
@@ -200,6 +200,10 @@ def read(path: Path, needs: Sequence[str] = ("env_steps", "seed")) -> pd.DataFra
     for column in columns:
         if column not in TEXT_COLUMNS:
             frame[column] = _numeric(path, frame[column])
+    if "diverged_at" in frame:
+        nowhere = frame.diverged_at.notna() & frame.get("iteration", pd.Series(np.nan, frame.index)).isna()
+        if nowhere.any():
+            raise ValueError(f"{path} row {nowhere.argmax() + 2}: there is a diverged_at, but no iteration")
     places = [column for column in ("iteration", *WHOLE_COLUMNS) if column in frame]
     twice = frame.duplicated(places)
     if twice.any():
@@ -232,12 +236,12 @@ def _checked_columns(path: Path, text: str, needs: Sequence[str]) -> list[str]:
     reader = csv.reader(io.StringIO(text))
     try:
         columns = next(reader)
-        twice = [column for index, column in enumerate(columns) if column in columns[:index]]
-        if twice:
-            raise ValueError(f"{path} row 1: the column {twice[0]!r} is there twice")
         missing = [column for column in needs if column not in columns]
         if missing:
             raise ValueError(f"{path} row 1: no column {', '.join(missing)}")
+        twice = [column for index, column in enumerate(columns) if column in columns[:index]]
+        if twice:
+            raise ValueError(f"{path} row 1: the column {twice[0]!r} is there twice")
         for cells in reader:
             if len(cells) != len(columns):
                 raise ValueError(f"{path} row {reader.line_num}: {len(cells)} cells, but {len(columns)} columns")

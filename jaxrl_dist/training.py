@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrl_dist import evaluation, hosts, replay
+from jaxrl_dist import evaluation, hosts, replay, switches
 from jaxrl_dist.agent import Agent, ConfigurationError
 from jaxrl_dist.devices import DATA
 from jaxrl_dist.interaction import Interaction
@@ -184,15 +184,24 @@ def make_train(
 
     `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them.
     `history` holds `env_steps` `[evaluations]`, `evaluation_return` `[evaluations, episodes]`, the averages of all
-    training metrics `[evaluations]`, and `diverged_at` `[evaluations]`, the iteration at which a metric or the learner
-    became NaN or infinite, -1 if none: from then on the run is frozen at its last finite learner, others go on.
-    progress: print a line at every evaluation, one for all runs.
+    training metrics `[evaluations]`, NaN where nothing was counted, and `diverged_at` `[evaluations]`, the iteration at
+    which a metric or the learner became NaN or infinite, -1 if none: from then on the run is frozen at its last finite
+    learner, others go on. All of it is 32-bit, under JAX_ENABLE_X64 as well. progress: print a line at every
+    evaluation, one for all runs. `train` raises ConfigurationError under switches of JAX that it cannot bear
+    (`switches.check`; jax_debug_nans).
     """
     default_config = config
     tell = inside_program(total_steps) if progress else lambda env_steps, returns: env_steps
     max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
+    @switches.in_32_bits
     def train(key: jax.Array, config: Any = default_config) -> tuple[Any, dict[str, jax.Array]]:
+        switches.check()
+        if jax.config.jax_debug_nans:
+            raise ConfigurationError(
+                "JAX_DEBUG_NANS is on, but the history marks with NaN what was not counted; turn it off, or train from "
+                "the command line, which says in which iteration a metric became NaN"
+            )
         agent = make_agent(config, env, env_params)
         total_iterations = iterations_for(agent, total_steps)
         # Evaluations at even distances; the last one after the last iteration.
@@ -271,6 +280,7 @@ class Programs:
 
         freeze: runs that break are frozen (`advance`), the others go on.
         """
+        switches.settle()
         self.num_runs = num_runs
         devices = _devices(num_runs, max_devices, data_parallel)
         self.num_devices = len(devices)
@@ -309,7 +319,7 @@ class Programs:
                 rollouts=eval_rollouts, horizon=evaluation.horizon(config.discount),
                 spread=evaluation.spread(max_steps, eval_states),
             )  # fmt: skip
-            return evaluation.calibration(found)
+            return evaluation.calibration(found, learns_mean=self.agent.learns_mean)
 
         def program(
             function,
@@ -410,7 +420,8 @@ class Programs:
 
     def take_metrics(self, training: Training) -> tuple[Training, jax.Array]:
         """Averages `[runs, metrics]` since the last call; the given training is consumed."""
-        return self._take_metrics(training)
+        with jax.debug_nans(False):  # blanks are NaN on purpose
+            return self._take_metrics(training)
 
     def largest_reward(self, training: Training) -> jax.Array:
         """The largest |reward| that each run has seen, `[runs]`; NaN where its environments are not in its state."""

@@ -209,6 +209,10 @@ def test_discrete_action_count_says_what_does_not_fit(env, message):
         ((101, 100, 1000, 1), "--batch-size is 101; it must be at most --warmup-steps = 100"),
         ((50, 100, 99, 1), "--replay-capacity is 99; it must be at least --warmup-steps = 100"),
         ((50, 100, 1000, 101), "--num-envs is 101; it must be at most --warmup-steps = 100"),
+        (
+            (50, 100, 2**30, 1),
+            "--replay-capacity is 1073741824, 1073741824 rows; at most 1073741823",
+        ),
         ((100, 100, 100, 100), None),
     ],
 )

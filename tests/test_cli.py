@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrl_dist import cli, recording
+from jaxrl_dist import cli, recording, runner
 from jaxrl_dist.problem import RunOptions, split_preset
 from jaxrl_dist.sweeps import SweepOptions
 
@@ -86,7 +86,8 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--critic_lr 1", "--critic-lr is no option of jaxrl-dist train tqc; did you mean --critic-learning-rate"),
         ("--gamma 0.9", "did you mean --discount?"),
         ("--foo 1", "--foo is no option of jaxrl-dist train tqc; --help lists them"),
-        ("-x", "-x is no option; options begin with two dashes"),
+        ("-x", "-x is no option; options begin with --"),
+        ("--", "-- is no option; options begin with --"),
         ("7", "'7' stands before any option"),
         # values that are missing, too many, or of another type
         ("--batch-size", "--batch-size has no value; it must be a whole number"),
@@ -105,12 +106,17 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--initial-temperature 1e-60", "--initial-temperature is 1e-60; it must be finite and in (0, inf), also as"),
         ("--quantiles-dropped 25", "--quantiles-dropped is 25"),
         ("--num-seeds 3000000000", "--num-seeds is 3000000000; it must be a whole number in [1, 1000000]"),
-        ("--total-steps 1e10", "--total-steps is 10000000000; it must be a whole number in [1, 2147483647]"),
+        ("--total-steps 1e10", "--total-steps is 10000000000; it must be a whole number in [0, 2147483647]"),
         ("--eval-episodes 1e10", "--eval-episodes is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--replay-capacity 1e10", "--replay-capacity is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--warmup-steps 1e10", "--warmup-steps is 10000000000; it must be a whole number in [1, 2147483647]"),
         ("--critic-hidden 3e9", "--critic-hidden is (3000000000,); it must be whole numbers in [1, 2147483647]"),
         ("--updates-per-iteration 1e6", "updates in all; at most 2147483647 can be counted"),
+        (
+            "--total-steps 2147483647 --num-envs 1000",
+            "2147484000 in whole iterations; at most 2147483647",
+        ),
+        ("--eval-states 1e5", "--eval-states is 100000; with episodes of up to 200 steps it must be at most 46340"),
         ("--seed 4294967297", "--seed is 4294967297; it must be a whole number in [0, 4294967295]"),
         ("--seed 4294967295 --num-seeds 2", "the last seed is 4294967296; it must be below 2^32"),
         # names that are not there
@@ -140,6 +146,7 @@ def test_help_lists_every_option_with_meaning_and_default(name, command, monkeyp
         ("--name .", "--name is '.'; it must be"),
         ("--name " + 300 * "a", "it must be at most 200 bytes long"),
         ("--runs-folder /dev/null", "/dev/null is no folder"),
+        ("--runs-folder /proc/runs", "/proc cannot be written to"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, message, command, tmp_path):
@@ -193,6 +200,8 @@ def test_a_run_has_a_place_of_its_own(command, tmp_path):
         ("plot . --out x", "--out is x; it must end with one of ."),
         ("plot . --distribution --out x.jpgg", "--out is x.jpgg; it must end with one of ."),
         ("report . --out nowhere/x.html", "--out is nowhere/x.html; it must be a file in a folder that exists"),
+        ("report . --out /proc/x.html", "--out is /proc/x.html; it must be a file in a folder that exists and can be"),
+        ("report . --out .", "--out is .; it must be a file in a folder"),
         ("report .", "config.json does not exist"),
     ],
 )
@@ -211,9 +220,10 @@ def test_the_ways_to_ask_for_help(command):
 
 
 def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkeypatch):
-    from jaxrl_dist import runner, study
+    from jaxrl_dist import study
 
     asked = []
+    monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
     monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
     arguments = "--total-steps 1e6 --warmup-steps 2_000 --seed 2e5 --actor-hidden 1e1,20 --critic_hidden 8 8 --kappa=-0"
     assert command("train", "tqc", *arguments.split())[0] == 0
@@ -232,6 +242,7 @@ def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkey
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/a.csv"), 1, "No space left on device: runs/a.csv"),
         (OSError("the checkpoint is not written"), 1, "the checkpoint is not written"),
+        (runner.NonFiniteMetric("loss became non-finite"), 1, "loss became non-finite"),
         (MemoryError("9 GiB"), 1, "out of memory: 9 GiB"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n9 bytes"),
@@ -242,8 +253,6 @@ def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkey
     ],
 )
 def test_what_breaks_a_run_is_one_line_too(error, status, line, command, monkeypatch):
-    from jaxrl_dist import runner
-
     def train(problem, console):
         raise error
 
@@ -256,8 +265,6 @@ def test_what_breaks_a_run_is_one_line_too(error, status, line, command, monkeyp
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(command, monkeypatch):
-    from jaxrl_dist import runner
-
     monkeypatch.setattr(runner, "train", lambda problem, console: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         command("train", "tqc")
@@ -279,7 +286,7 @@ def test_runs_on_two_environments_say_so_in_their_picture(command, tmp_path, mon
     )
     for name, env_id in (("a", "CartPole-v1"), ("b", "Acrobot-v1")):
         recorder = recording.Recorder(tmp_path / name)
-        recorder.write_config({"algorithm": "qr_dqn", "options": {"env_id": env_id}})
+        recorder.write_config({"algorithm": "qr_dqn", "config": {}, "options": {"env_id": env_id}})
         recorder.append([{"env_steps": 1, "seed": 0, "evaluation_return": 1.0}])
     status, said, _ = command("plot", "a", "b")
     assert status == 0
@@ -302,7 +309,7 @@ def test_a_file_without_training_is_run_the_same_way():
 def test_list_and_doctor():
     listed = run("-m", "jaxrl_dist", "list")
     assert listed.returncode == 0, listed.stderr
-    for word in (*ALGORITHMS, "actor_critic", "Pendulum-v1", "brax/hopper", "probe"):
+    for word in (*ALGORITHMS, "actor_critic", "Pendulum-v1", "brax/hopper", "probe", "yes", "no: actions"):
         assert word in listed.stdout
     doctor = run("-m", "jaxrl_dist", "doctor")
     assert "jax" in doctor.stdout
@@ -310,11 +317,11 @@ def test_list_and_doctor():
 
 def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatch):
     """Without --env-id the first preset's environment; total_steps of its preset, and everything else by default."""
-    from jaxrl_dist import runner
     from jaxrl_dist.algorithms.value_based import dqn
 
     asked = []
     monkeypatch.setattr(cli, "spread_over_cores", lambda: None)  # too late in a process that has used JAX
+    monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
     monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
     presets = {"CartPole-v1": {"total_steps": 777, "warmup_steps": 64, "hidden": (8,)}, "small": {"total_steps": 900}}
     common = ["--batch-size", "16"]
@@ -330,7 +337,7 @@ def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatc
     assert [problem.config.hidden for problem in asked] == [(8,), (8,), (128, 128), (128, 128)]
     assert [problem.config.warmup_steps for problem in asked] == [64, 64, 32, dqn.Config().warmup_steps]
     assert {problem.config.batch_size for problem in asked} == {16}
-    assert [problem.config.replay_capacity for problem in asked] == [777, 555, 900, 20_000]
+    assert {problem.config.replay_capacity for problem in asked} == {dqn.Config().replay_capacity}
 
 
 def test_split_preset():

@@ -83,8 +83,8 @@ def train_stop_and_resume(folder: str) -> None:
     """A data-parallel run with everything that belongs to it, stopped on eight devices and resumed on four."""
     save = Checkpoints.save
 
-    def save_then_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_then_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         raise KeyboardInterrupt
 
     one = runner.train(prepared("tqc", runs_folder=f"{folder}/one", devices="1"))

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from toys import LearnerConfig, make_learner, share_programs
 
-from jaxrl_dist import cli, problem, runner, study, sweeps, training
+from jaxrl_dist import cli, problem, recording, runner, study, sweeps, training
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.checkpointing import Checkpoints
 from jaxrl_dist.sweeps import Rung, SweepOptions
@@ -129,10 +129,10 @@ def test_rows_and_ranking_say_how_far_each_came(halved):
 def test_a_killed_study_goes_on_to_the_same_table(halved, tmp_path, monkeypatch):
     """Stopped in the second wave of the first rung, then in the second rung, and killed at its end."""
     folder = tmp_path / "toy" / "Pendulum-v1" / "some"
-    save, touch, seen = Checkpoints.save, Path.touch, []
+    save, write, seen = Checkpoints.save, recording.write_json, []
 
-    def save_and_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_and_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         seen.append(where := (self.folder.parents[1].name, self.folder.parents[0].name, iteration))
         if where in (("rung_0", "wave_01", 15), ("rung_1", "wave_00", 30)):
             os.kill(os.getpid(), signal.SIGINT)
@@ -147,15 +147,15 @@ def test_a_killed_study_goes_on_to_the_same_table(halved, tmp_path, monkeypatch)
     assert not (folder / "rung_1" / "wave_00" / "finished").exists()
     assert not (folder / "results.csv").exists()
 
-    def die(self):
-        touch(self)
-        if self.parts[-3:-1] == ("rung_1", "wave_01"):
+    def die(path, value):
+        write(path, value)
+        if path.parts[-3:] == ("rung_1", "wave_01", "finished"):
             raise OSError("killed between two rungs")
 
-    monkeypatch.setattr(Path, "touch", die)
+    monkeypatch.setattr(recording, "write_json", die)
     with pytest.raises(OSError, match="between two rungs"):
         train(tmp_path, resume="auto")
-    monkeypatch.setattr(Path, "touch", touch)
+    monkeypatch.setattr(recording, "write_json", write)
     before = len(seen)
     cut_into(monkeypatch, 1)  # as if memory were short now: what was cut stays as it was cut
     train(tmp_path, resume="auto")

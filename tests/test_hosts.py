@@ -125,8 +125,8 @@ def work(runs: str, port: int, number: int) -> None:
 
     save = Checkpoints.save
 
-    def save_then_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_then_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         if number == 1 and iteration == 50:
             os.kill(os.getpid(), signal.SIGTERM)  # in one of them, and not in the one that prints
 
@@ -341,6 +341,7 @@ def test_a_lost_process_ends_the_run_which_goes_on_from_its_checkpoint(cache, tm
     [
         (("of", 0, -1), "--distributed is 'of'; it must be off, auto or HOST:PORT"),
         (("host:", 2, 0), "--distributed is 'host:'; it must be off, auto or HOST:PORT"),
+        (("host:65536", 2, 0), "--distributed is 'host:65536'; it must be off, auto or HOST:PORT"),
         (("host:1234", 0, 0), "--num-processes is 0; with HOST:PORT it must be at least 1"),
         (("host:1234", 2, 2), "--process-id is 2; it must be from 0 to 1"),
         (("host:1234", 2, -1), "--process-id is -1; it must be from 0 to 1"),

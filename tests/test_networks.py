@@ -41,6 +41,16 @@ def test_parameters_start_uniform_within_the_inverse_root_of_fan_in():
                 assert values.mean() == pytest.approx(0, abs=4 * bound / np.sqrt(3 * values.size))
 
 
+def test_glorots_start_has_both_fans_and_no_biases():
+    parameters = initialised(MLP((150, 100), glorot=True))["params"]["layers"]
+    for index, (fan_in, width) in enumerate([(5, 150), (150, 100)]):
+        bound, values = np.sqrt(6 / (fan_in + width)), np.asarray(parameters[f"kernel_{index}"])
+        assert values.shape == (1, fan_in, width)
+        assert 0.97 * bound < np.abs(values).max() <= bound
+        assert values.var() == pytest.approx(bound**2 / 3, rel=0.15)
+        np.testing.assert_array_equal(parameters[f"bias_{index}"], np.zeros((1, width)))
+
+
 def test_members_are_independent():
     module = EnsembleMLP(MEMBERS, FEATURES)
     parameters = initialised(module)

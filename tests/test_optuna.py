@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 from toys import LearnerConfig, make_learner
 
-from jaxrl_dist import cli, optuna_study, problem, recording, runner
+from jaxrl_dist import cli, memory, optuna_study, problem, recording, runner
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.sweeps import Range, SweepOptions
 
@@ -63,6 +64,7 @@ def trained(monkeypatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(runner, "train", formula)
     monkeypatch.setattr(runner, "make_programs", lambda one: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
     return waves
 
 
@@ -180,6 +182,7 @@ def test_a_configuration_that_cannot_work_or_breaks_is_a_failed_trial(tmp_path, 
 def test_widths_are_choices_and_a_range_may_have_a_count(tmp_path, monkeypatch):
     """What the command line makes of words reaches Optuna as distributions, and comes back as values of the fields."""
     found = {}
+    monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
 
     def proposed(algorithm, make_agent, config, options, axes, console, sweep):
         (tmp_path / "some").mkdir()
@@ -218,6 +221,73 @@ def test_bad_input_is_refused_before_anything_is_proposed(axes, changes, message
     assert not list(tmp_path.iterdir())
 
 
+def test_a_configuration_of_which_a_seed_diverges_is_a_failed_trial(tmp_path, trained, monkeypatch):
+    """It is told to nobody as a score, however high; the others of its wave are."""
+    append = recording.Recorder.append
+
+    def diverge(self, rows):
+        broken = {"diverged_at": 1, "diverged_metric": "loss", "evaluation_return": 1e9}
+        append(self, [row | broken if row["configuration"] % 2 and row["seed"] else row for row in rows])
+
+    monkeypatch.setattr(recording.Recorder, "append", lambda self, rows: diverge(self, [
+        {"iteration": row["env_steps"], "diverged_at": None, "diverged_metric": None, **row} for row in rows
+    ]))  # fmt: skip
+    text = io.StringIO()
+    folder = train(tmp_path, 4, {"push": AXES["push"]}, Console(file=text, width=200), sweep_parallel=2)
+    assert [trial.state.name for trial in trials(folder)] == ["COMPLETE", "FAIL"] * 2
+    assert "trial 1 failed: not all of its seeds came to the end with finite returns" in text.getvalue()
+    ranking = pd.read_csv(folder / "ranking.csv")
+    assert sorted(ranking.configuration[:2]) == [0, 2]
+    assert list(ranking.diverged) == [0, 0, 1, 1]
+
+
+def lines(change):
+    """Damage the journal by a function of its lines."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "optuna.log"
+        path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+    return damage
+
+
+DAMAGES = [
+    (lambda folder: (folder / "optuna.log").unlink(), "optuna.log does not exist, but the study has 2 trials"),
+    (lines(lambda lines: []), "optuna.log has None as trial 0"),
+    (lines(lambda lines: lines[:5]), "optuna.log has None as trial 1"),
+    (lines(lambda lines: [lines[0], b"{]\n", *lines[1:]]), "optuna.log is damaged"),
+    (lines(lambda lines: [lines[0], b"\xff\n", *lines[1:]]), "optuna.log is damaged"),
+    (lines(lambda lines: lines[1:]), "optuna.log "),
+    (lines(lambda lines: [line.replace(b'"push"', b'"shove"') for line in lines]), "has None as trial 0"),
+    (lambda folder: (folder / "batch_000" / "waves.json").write_text("[[7]]"), "waves.json has trial 7, of which"),
+    (lambda folder: (folder / "study.json").write_text("{"), "study.json is damaged"),
+]
+
+
+def test_a_damaged_record_is_one_line(tmp_path, trained):
+    whole = train(tmp_path, 2)
+    count = len(trained)
+    for number, (damage, message) in enumerate(DAMAGES):
+        folder = shutil.copytree(whole, whole.with_name(f"damaged_{number}"))
+        damage(folder)
+        with pytest.raises(ValueError, match=message) as raised:
+            train(tmp_path, 2, resume="auto", name=folder.name)
+        assert str(folder) in str(raised.value)
+        assert cli._is_ours(raised.value)
+    assert len(trained) == count
+
+
+def test_a_torn_last_line_of_the_journal_is_dropped_and_what_it_told_told_again(tmp_path, trained):
+    folder = train(tmp_path, 2)
+    expected, count = told(folder), len(trained)
+    path = folder / "optuna.log"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=r"optuna\.log: dropped an incomplete last line"):
+        train(tmp_path, 2, resume="auto")
+    assert told(folder) == expected
+    assert len(trained) == count
+
+
 def test_a_study_is_resumed_as_it_was_started(tmp_path, trained):
     train(tmp_path, 2)
     for axes, changes, message in (
@@ -238,5 +308,5 @@ def test_without_optuna_one_line_says_how_to_install_it(tmp_path, monkeypatch, c
             module.Config, module.make_agent, module.PRESETS,
             ["--sweep.num-critics", "2", "3", "--sweep-optuna", "2", "--runs-folder", str(tmp_path)],
         )  # fmt: skip
-    assert '--sweep-optuna needs the package optuna: pip install "jaxrl-dist[optuna]"' in capsys.readouterr().err
+    assert "--sweep-optuna needs the package optuna: pip install optuna\n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

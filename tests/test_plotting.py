@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.plotting import COLOURS, learning_curve, return_distribution
+from jaxrl_dist.plotting import COLOURS, learning_curve, ranking, response, return_distribution
 from jaxrl_dist.statistics import bootstrap_interval
 
 
@@ -90,10 +90,63 @@ def test_a_missing_seed_is_left_out_of_its_log_point():
     assert any("4 to 8 seeds" in text.get_text() for text in figure.axes[0].texts)
 
 
+def crosses(figure):
+    return [line for line in figure.axes[0].get_lines() if line.get_marker() == "x"]
+
+
+def diverging(values, **diverged):
+    """A run of three log points at iterations 0, 10 and 20, in which `seed_N` diverged at an iteration."""
+    frame = pd.DataFrame([
+        {"iteration": 10 * point, "env_steps": 100 + 40 * point, "seed": seed, "evaluation_return": value}
+        for point, row in enumerate(values) for seed, value in enumerate(row)
+    ])  # fmt: skip
+    at = frame.seed.map(lambda seed: diverged.get(f"seed_{seed}")).where(frame.iteration == 20)
+    return frame.assign(diverged_at=at, diverged_metric=at.notna().map({True: "loss", False: None}))
+
+
+def test_a_cross_marks_where_a_seed_diverged():
+    frame = diverging([[0, 0, np.nan], [4, 1, np.nan], [np.inf, 2, np.nan]], seed_0=5, seed_2=0)
+    figure = learning_curve({"tqc": frame}, title="two diverged")
+    centre = lines_of(figure, wider_than=2)[0]
+    np.testing.assert_allclose(centre.get_ydata(), [0, 2.5, 2])  # without what is not finite
+    found = [(*np.ravel(line.get_xdata()), *np.ravel(line.get_ydata())) for line in crosses(figure)]
+    assert found == [(120, 2), (100, 0)]  # half-way between two log points; without any value on the axis
+    assert crosses(figure)[0].get_transform() == figure.axes[0].transData
+    assert crosses(figure)[1].get_transform() != figure.axes[0].transData
+    assert any("crosses: 2 diverged" in text.get_text() for text in figure.axes[0].texts)
+    assert not crosses(learning_curve({"tqc": frame.drop(columns=["diverged_at", "diverged_metric"])}, title="older"))
+
+
+def test_a_run_of_which_nothing_is_left_is_drawn_as_crosses(tmp_path):
+    gone = diverging(np.full((3, 2), np.nan), seed_0=1, seed_1=2)
+    figure = learning_curve({"tqc": gone}, title="gone")
+    assert len(crosses(figure)) == 2
+    assert any("no seed has a finite value" in text.get_text() for text in figure.axes[0].texts)
+    figure = learning_curve({"tqc": gone, "sac": run(scores)}, tmp_path / "both.png", title="both")
+    assert len(crosses(figure)) == 2
+    assert (tmp_path / "both.png").exists()
+
+
+def test_the_pictures_of_a_study_mark_diverged_configurations(tmp_path):
+    table = pd.DataFrame({
+        "configuration": [1, 0, 2], "x": [0.1, 0.2, 0.3], "evaluation_return": [1.0, 9.0, np.nan],
+        "diverged": [0, 1, 2], "low": [0.5, 8.0, np.nan], "high": [2.0, 10.0, np.nan],
+    })  # fmt: skip
+    figure = ranking(table, ["x"], tmp_path / "a.png", title="a", metric="evaluation_return")
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["x 0.1", "x 0.2  (1 diverged)", "x 0.3  (2 diverged)"]
+    figure = response(table, ["x"], title="b", metric="evaluation_return")
+    assert [list(line.get_xdata()) for line in crosses(figure)] == [[0.2, 0.3]]
+    assert "cross: a seed diverged" in figure.get_supxlabel()
+    assert not crosses(response(table.drop(columns="diverged"), ["x"], title="older", metric="evaluation_return"))
+    ranking(table.iloc[2:], ["x"], tmp_path / "c.png", title="nobody is left", metric="evaluation_return")
+
+
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
         ({}, "frames is empty"),
+        ({"tqc": run(scores).assign(evaluation_return="text")}, "run 'tqc' has no metric 'evaluation_return', but"),
         ({"tqc": run(scores, metric="other")}, "run 'tqc' has no metric 'evaluation_return', but"),
         ({"tqc": run(np.full((2, 2), np.nan))}, "run 'tqc' has no value of 'evaluation_return'"),
         ({"tqc": pd.concat([run(scores)] * 2)}, "has seed 0 twice at env step 0"),

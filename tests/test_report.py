@@ -301,10 +301,10 @@ def test_equal_runs_with_the_same_seeds_are_not_pooled(tmp_path):
 # -- warnings ---------------------------------------------------------------------------------------------------------
 
 
-def edit(run, change):
-    """Rewrite evaluations.csv by a function of its lines."""
-    path = run / "evaluations.csv"
-    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+def edit(run, change, name="evaluations.csv", more=b""):
+    """Rewrite a table by a function of its lines, and add bytes."""
+    path = run / name
+    path.write_bytes("".join(change(path.read_text().splitlines(keepends=True))).encode() + more)
     return run
 
 
@@ -315,7 +315,7 @@ def test_warnings_stand_on_the_page_and_the_console(tmp_path):
     holed = edit(make_run(tmp_path / "holed", "fqf", last=400), lambda lines: [*lines[:7], *lines[10:], "400,3"])
     other = make_run(tmp_path / "other", "sac", about={"versions": {"device_kind": "H200", "devices": 1}})
     with open(holed / "metrics.csv", "a") as metrics:
-        metrics.write("400,150,5.0,3,inf\n")
+        metrics.write("300,150,5.0,3,inf\n")
     page, printed = page_of(tmp_path, [make_run(tmp_path / "dqn"), short, broken, holed, other])
     check_page(page, (tmp_path / "page.html").read_text())
     assert str(tmp_path) not in (tmp_path / "page.html").read_text()
@@ -334,6 +334,47 @@ def test_warnings_stand_on_the_page_and_the_console(tmp_path):
         assert said in " ".join(printed.split()), said
     # Of the broken run the seeds 0 to 2 count: 1, 2 and 4, of which nothing is trimmed.
     assert page.table("CVaR 10 %")["IQN"]["mean"] == "2.333"
+
+
+def test_diverged_seeds_are_left_out_where_they_have_no_return_and_shown_everywhere(tmp_path):
+    """Of dqn seed 3 diverged and has no returns any more, of c51 seed 0 diverged and kept its learner, of iqn all."""
+    dqn, c51, iqn = (make_run(tmp_path / name, name) for name in ("dqn", "c51", "iqn"))
+    for run, seeds in ((dqn, (3,)), (c51, (0,)), (iqn, range(4))):
+        metrics = pd.read_csv(run / "metrics.csv").assign(iteration=lambda rows: (rows.env_steps - 100) // 10)
+        late = (metrics.env_steps == 200) & metrics.seed.isin(seeds)
+        metrics.assign(diverged_at=late.map({True: 7.0}), diverged_metric=late.map({True: "loss"})).to_csv(
+            run / "metrics.csv", index=False
+        )
+    for run, returns in ((dqn, ("8.0", "10.0")), (iqn, ("0.0", "1.0", "2.0", "3.0", "5.0", "8.0", "10.0"))):
+        broken = "|".join(map(re.escape, returns))
+        edit(run, lambda lines, broken=broken: [re.sub(rf",({broken}),7", ",nan,7", line) for line in lines])
+    page, printed = page_of(tmp_path, [dqn, c51, iqn])
+    check_page(page, (tmp_path / "page.html").read_text())
+    rows = page.table("CVaR 10 %")
+    assert list(rows) == ["C51", "DQN", "IQN"]
+    assert [row["diverged"] for row in rows.values()] == ["1 of 4", "1 of 4", "4 of 4"]
+    assert [row["seeds"] for row in rows.values()] == ["4", "3", "0"]
+    assert rows["DQN"]["mean"] == "2.333"
+    assert {rows["IQN"][column] for column in ("IQM", "median", "mean", "AUC", "optimality gap")} == {"\N{EN DASH}"}
+    assert set(page.table("row over column")) == {"C51", "DQN"}
+    assert "crosses: 6 diverged" in page.text
+    for said in (
+        "dqn: 2 of 16 episode returns are not finite; the seeds with one (3) are left out",
+        "dqn: 1 of 4 seeds diverged: 3 (loss at iteration 7)",
+        "iqn: 4 of 4 seeds diverged: 0 (loss at iteration 7), 1 (",
+    ):
+        assert said in page.text, said
+        assert said in " ".join(printed.split()), said
+
+
+def test_a_run_without_any_finite_return_is_shown_as_such(tmp_path):
+    """Of before divergence was recorded; beside another environment, where all is well."""
+    broken = edit(make_run(tmp_path / "a"), lambda lines: [re.sub(r",\d\.0,7|,10.0,7", ",inf,7", x) for x in lines])
+    page, _ = page_of(tmp_path, [broken, make_run(tmp_path / "b", env_id="Catch")])
+    assert "No seed has finite returns." in page.text
+    assert "DQN is left out: no seed has finite returns on CartPole-v1." in page.text
+    assert page.table("CVaR 10 %")["DQN"]["IQM"] == "\N{EN DASH}"
+    assert page.table("CVaR 10 %", 1)["DQN"]["IQM"].startswith("3.000")
 
 
 # -- what comes from files is text, never markup ----------------------------------------------------------------------
@@ -370,19 +411,24 @@ def as_config(text):
         (shutil.rmtree, "run folder .*run does not exist"),
         (without("config.json"), "run/config.json does not exist: no run folder"),
         (without("evaluations.csv"), "run, which holds no evaluations"),
-        (as_config("{"), "run, which cannot be read: Expecting property name"),
-        (as_config("[]"), "run, which is no run"),
-        (as_config('{"algorithm": "dqn", "config": {}, "options": {}}'), "run, which is no run: .*env_id"),
+        (as_config("{"), "run/config.json is damaged: no complete JSON"),
+        (as_config("[]"), r"run/config.json: the whole is \[\]; it must be an object"),
+        (as_config('{"algorithm": "dqn", "config": {}, "options": {}}'), "config.json has no field 'options.env_id'"),
         (as_config('{"algorithm": "a", "config": {}, "options": {"env_id": "b"}, "configurations": [1]}'), "a study"),
         (lambda run: (run / "evaluations.csv").write_text(""), "run/evaluations.csv is empty"),
-        (lambda run: edit(run, lambda lines: lines[:1]), "run, which holds no evaluations"),
-        (lambda run: edit(run, lambda lines: ["a,b\n", "1,2\n"]), "no column env_steps, seed, episode, episode_return"),
-        (lambda run: edit(run, lambda lines: [*lines, lines[-1]]), "run, which has an evaluation episode twice: .*200"),
-        (lambda run: edit(run, lambda lines: [*lines, "x,0,9,1.0,7\n"]), "run, whose evaluations have an env step"),
-        (lambda run: edit(run, lambda lines: [*lines, "1,2,3,4,5,6,7\n"]), "run, which cannot be read: .*tokenizing"),
+        (lambda run: edit(run, lambda lines: lines[:1]), "run/evaluations.csv has no rows after its header"),
         (
-            lambda run: edit(run, lambda lines: [lines[0], *(line.replace(".0", "e999") for line in lines[1:])]),
-            "run, in which no seed has finite evaluation returns",
+            lambda run: edit(run, lambda lines: ["a,b\n", "1,2\n"]),
+            "row 1: no column env_steps, seed, episode",
+        ),
+        (lambda run: edit(run, lambda lines: [*lines, lines[-1]]), "row 18: there is another row about env_steps 200"),
+        (lambda run: edit(run, lambda lines: [*lines, "x,0,9,1.0,7\n"]), "evaluations.csv row 18: env_steps is 'x'"),
+        (lambda run: edit(run, lambda lines: [*lines, "1,2,3,4,5,6,7\n"]), "row 18: 7 cells, but 5 columns"),
+        (lambda run: edit(run, lambda lines: ["\0" * 9]), "run/evaluations.csv is empty"),
+        (lambda run: edit(run, lambda lines: lines, "metrics.csv", b"\xff\n"), "run/metrics.csv row 10: not UTF-8"),
+        (
+            lambda run: edit(run, lambda lines: ["a,b\n", "1,2\n"], "metrics.csv"),
+            "metrics.csv row 1: no column env_steps",
         ),
     ],
 )
@@ -399,7 +445,7 @@ def test_what_is_no_run_is_one_line(tmp_path, damage, message):
     ("text", "message"),
     [
         (None, "which is no file"),
-        ("[1", "which is no JSON"),
+        ("[1", "is damaged: no complete JSON"),
         ("[1]", "must be an object"),
         ("{}", "has no 'CartPole-v1'"),
         ('{"CartPole-v1": 3}', "has 3 for 'CartPole-v1'"),

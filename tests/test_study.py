@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from toys import run_with_devices
 
-from jaxrl_dist import cli, memory, problem, recording, runner, study
+from jaxrl_dist import cli, memory, problem, recording, runner, study, tables
 from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.checkpointing import Checkpoints
@@ -81,7 +81,7 @@ def test_a_run_of_a_study_is_the_run_alone(finished, tmp_path):
     config = dataclasses.replace(CONFIG, critic_learning_rate=RATES[1])
     options = dataclasses.replace(OPTIONS, runs_folder=str(tmp_path))
     alone = recording.read_metrics(runner.train(problem.prepare("tqc", tqc.make_agent, config, options)))
-    results = pd.read_csv(folder / "results.csv").query("configuration == 2").reset_index()
+    results = tables.read(folder / "results.csv").query("configuration == 2").reset_index()
     columns = [name for name in alone if name != "seconds"]
     pd.testing.assert_frame_equal(alone[columns], results[columns], rtol=1e-6)
     other = pd.read_csv(folder / "results.csv").query("configuration == 0")
@@ -93,8 +93,8 @@ def test_a_stopped_study_goes_on_and_equals_the_uninterrupted_one(finished, tmp_
     grid = [fields for fields in GRID if fields["num_quantiles"] == 3]  # configurations 0 and 2 of the other study
     save = Checkpoints.save
 
-    def save_then_stop(self, iteration, tree):
-        save(self, iteration, tree)
+    def save_then_stop(self, iteration, tree, about):
+        save(self, iteration, tree, about)
         if "wave_01" in str(self.folder):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -161,13 +161,141 @@ def test_a_ranking_fits_eighty_columns():
         columns=["configuration", "rung", "env_steps", *fields, "evaluation_return", "low", "high", "best"],
     )  # fmt: skip
     text = io.StringIO()
-    study._print_ranking(Console(file=text, width=80), {"fields": fields}, ranking, "evaluation_return")
+    study._print_ranking(Console(file=text, width=80), {"fields": fields}, ranking, "evaluation_return", False)
     *lines, best = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert best.startswith("best: --temperature-learning-rate 0.00012345 --target-entropy-per-action -1.2345 --norm")
     for word in ("12", "2", "0.0001234", "-1.234", "False", "-1234", "[-1300,", "-1201]", "0.975", "entropy"):
         assert word in text.getvalue().split(), word
     assert "\N{HORIZONTAL ELLIPSIS}" not in text.getvalue()
+
+
+# -- studies of tables made by hand -----------------------------------------------------------------------------------
+
+
+def by_hand(folder: Path, returns: dict[int, list[float]], diverged: dict[int, int] | None = None) -> Path:
+    """A finished study of one wave: the last returns of every configuration's seeds; `diverged`: one seed of each."""
+    folder.mkdir()
+    configurations = [{"configuration": number, "discount": 0.9 + 0.01 * number} for number in returns]
+    recording.write_json(folder / "study.json", {
+        "algorithm": "tqc", "fields": ["discount"], "configurations": configurations, "config": {},
+        "options": {"env_id": "Pendulum-v1"},
+    })  # fmt: skip
+    recording.write_json(folder / "waves.json", [list(returns)])
+    wave = recording.Recorder(folder / "wave_00")
+    wave.append([
+        {"iteration": 5, "env_steps": 50, "configuration": number, "seed": seed, "evaluation_return": value,
+         "diverged_at": 3 if diverged and diverged.get(number) == seed else None,
+         "diverged_metric": "loss" if diverged and diverged.get(number) == seed else None}
+        for number, values in returns.items() for seed, value in enumerate(values)
+    ])  # fmt: skip
+    recording.write_json(folder / "wave_00" / "finished", {"records": recording.seal_of(folder / "wave_00")})
+    return folder
+
+
+def printed(folder: Path) -> str:
+    text = io.StringIO()
+    study.collect(folder, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_a_study_shows_who_diverged_and_prefers_who_did_not(tmp_path):
+    folder = by_hand(tmp_path / "s", {0: [9.0, float("nan")], 1: [2.0, 3.0], 2: [8.0, 8.0]}, {0: 1, 2: 0})
+    said = printed(folder)
+    assert "best: --discount 0.91" in said
+    ranking = pd.read_csv(folder / "ranking.csv")
+    assert list(ranking.configuration) == [1, 0, 2]
+    assert list(ranking.diverged) == [0, 1, 1]
+    assert list(ranking.left_out) == [0, 1, 0]
+    for column in ("diverged", "left out"):
+        assert column in said
+    assert (folder / "ranking.png").read_bytes().startswith(b"\x89PNG")
+    assert set(pd.read_csv(folder / "results.csv").diverged_metric.dropna()) == {"loss"}
+
+
+def test_a_study_of_which_all_diverged_still_has_its_table(tmp_path):
+    nan = float("nan")
+    for name, value in (("gone", nan), ("frozen", 5.0)):
+        folder = by_hand(tmp_path / name, {0: [value], 1: [value]}, {0: 0, 1: 0})
+        said = printed(folder)
+        assert "0.9" in said
+        assert "best: none; every seed of every configuration diverged" in said
+        assert list(pd.read_csv(folder / "ranking.csv").diverged) == [1, 1]
+    with pytest.raises(ConfigurationError, match="--metric is 'diverged_metric'; the study has iteration, env_steps"):
+        study.collect(folder, Console(quiet=True), "diverged_metric")
+
+
+def rewrite(name: str, change):
+    """Damage a file by a function of its bytes."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def change_study(**changes):
+    def change(folder: Path) -> None:
+        path = folder / "study.json"
+        path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not ...}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rewrite("study.json", lambda data: b""), "study.json is empty"),
+        (rewrite("study.json", lambda data: data[:-20]), "study.json is damaged: no complete JSON"),
+        (rewrite("study.json", lambda data: b"\xff" + data), "study.json is not UTF-8"),
+        (change_study(fields=...), "study.json has no field 'fields'"),
+        (change_study(options=3), "study.json: options is 3; it must be an object"),
+        (change_study(fields=["polyak"]), r"study.json: configurations\[0\] is .*; it must have configuration, polyak"),
+        (change_study(configurations=[1]), r"study.json: configurations\[0\] is 1"),
+        (change_study(configurations=[{"configuration": 0, "discount": 1}]), r"lacks the configurations \[1\]"),
+        (rewrite("wave_00/metrics.csv", lambda data: b""), "wave_00/metrics.csv is empty"),
+        (rewrite("wave_00/metrics.csv", lambda data: data.replace(b"2.0", b"2.5")), "metrics.csv: row 3 is not as it"),
+        (lambda folder: (folder / "wave_00" / "metrics.csv").unlink(), "wave_00/metrics.csv does not exist"),
+        (rewrite("wave_00/finished", lambda data: data[:-5]), "wave_00/finished is damaged"),
+        (rewrite("wave_00/finished", lambda data: b"{}"), "wave_00/finished has no field 'records'"),
+        (lambda folder: (folder / "wave_00" / "finished").unlink(), "no wave is finished yet"),
+    ],
+)
+def test_a_damaged_study_is_one_line(tmp_path, damage, message):
+    folder = by_hand(tmp_path / "s", {0: [1.0], 1: [2.0]})
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        study.collect(folder, Console(quiet=True))
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert cli._is_ours(raised.value)
+
+
+def test_older_marks_are_empty_and_older_tables_lack_what_is_new(tmp_path):
+    folder = by_hand(tmp_path / "s", {0: [1.0], 1: [2.0]})
+    (folder / "wave_00" / "finished").write_bytes(b"")
+    path = folder / "wave_00" / "metrics.csv"
+    pd.read_csv(path).drop(columns=["diverged_at", "diverged_metric"]).to_csv(path, index=False)
+    assert "best: --discount 0.91" in printed(folder)
+    path.write_text(path.read_text().replace("configuration", "config"))
+    with pytest.raises(ValueError, match=r"wave_00/metrics\.csv row 1: no column configuration"):
+        study.collect(folder, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "waves.json is empty"),
+        ("[[0, 1]", "waves.json is damaged: no complete JSON"),
+        ("{}", "waves.json is damaged: it must be lists of the numbers"),
+        ("[]", "waves.json is damaged: it must be lists"),
+        ("[[0], []]", "waves.json is damaged: it must be lists"),
+        ('[[0, "1"]]', "waves.json is damaged: it must be lists"),
+        ("[[0, 1], [1]]", "waves.json is damaged: .* each number once"),
+        ("[[0, 2]]", r"waves.json has the configurations \[0, 2\]; they must be \[0, 1\]"),
+    ],
+)
+def test_damaged_waves_are_one_line(tmp_path, text, message):
+    (tmp_path / "waves.json").write_text(text)
+    waves = study.Waves(tmp_path, {}, OPTIONS, Console(quiet=True))
+    with pytest.raises(ValueError, match=message):
+        waves.cut("", [0, 1])
 
 
 def test_a_study_is_plotted_by_its_folder(finished, tmp_path, monkeypatch):

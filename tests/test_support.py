@@ -18,8 +18,8 @@ from jaxrl_dist.problem import RunOptions, split_preset
 MODULES = {name: cli.find_algorithm(name) for name in sorted(cli.algorithms())}
 MODULES = {name: module for name, module in MODULES.items() if hasattr(module, "make_agent")}
 ENVIRONMENTS = [env_id for ids in envs.available().values() for env_id in ids]
-# One of every kind: a vector, a matrix, an image, integers, a stock.
-KINDS = ("Pendulum-v1", "CartPole-v1", "DeepSea-bsuite", "Breakout-MinAtar", "FourRooms-misc", "stock/gamble")
+# Vectors and continuous actions, vectors of integers, images, a stock: what takes different ways through agents.
+KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble")
 
 every_algorithm = pytest.mark.parametrize("name", MODULES)
 every_environment = pytest.mark.parametrize(
@@ -48,43 +48,48 @@ def prepare(name: str, env_id: str) -> problem.Problem:
     return problem.prepare(name, module.make_agent, module.Config(**of_the_algorithm), options)
 
 
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
 def trace(agent, env, params) -> None:
     """Shapes of everything that a run makes of an agent."""
-
-    def types(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    start = jax.eval_shape(lambda key: training.begin(agent, key), key)
-    after = jax.eval_shape(lambda start: training.advance(agent, start, 3), start)
-    assert types(after) == types(start)
-    row, batch = interaction.transition_like(env, params), 3
+    key, batch = jax.eval_shape(lambda: jax.random.key(0)), 3
+    state = jax.eval_shape(agent.init, key)
+    after, metrics = jax.eval_shape(agent.step, state)
+    assert types(after) == types(state)
+    assert all(types(metric) == ((), jnp.float32) for metric in jax.tree.leaves(metrics))
+    row = interaction.transition_like(env, params)
     observation = jax.ShapeDtypeStruct((batch, *row.observation.shape), row.observation.dtype)
-    action = jax.eval_shape(agent.act, start.state, observation, key)
-    target_action, bonus = jax.eval_shape(agent.target_policy, start.state, observation, key)
+    action = jax.eval_shape(agent.act, state, observation, key)
+    target_action, bonus = jax.eval_shape(agent.target_policy, state, observation, key)
     assert types(action) == types(target_action) == ((batch, *row.action.shape), row.action.dtype)
     assert types(bonus) == ((batch,), jnp.float32)
-    law = jax.eval_shape(agent.predict, start.state, observation, action)
+    law = jax.eval_shape(agent.predict, state, observation, action)
     assert {x.shape[0] for x in jax.tree.leaves(law)} == {batch}
-    assert jax.eval_shape(agent.export, start.state)
+    assert jax.eval_shape(lambda state: numbers_of(agent.export(state)), state)
+
+
+def numbers_of(exported):
+    """What of an exported policy depends on the state: the rest says in words how to use it."""
+    return {name: array for name, array in exported.items() if isinstance(array, jax.Array)}
 
 
 @every_environment
 def test_defaults_start_on_every_environment(env_id):
-    """All algorithms that accept it are prepared, and one of them, another for each environment, is traced."""
+    """All algorithms that accept it are prepared, and one of them, another for each environment, takes its steps."""
     accepted = accepting(env_id)
     assert accepted
-    problems = {name: prepare(name, env_id) for name in accepted}
-    name = accepted[ENVIRONMENTS.index(env_id) % len(accepted)]
-    _, make_agent, config, env, params, *_ = problems[name]
-    trace(make_agent(config, env, params), env, params)
+    problems = [prepare(name, env_id) for name in accepted]
+    _, make_agent, config, env, params, *_ = problems[ENVIRONMENTS.index(env_id) % len(accepted)]
+    assert jax.eval_shape(make_agent(config, env, params).init, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 @every_algorithm
 def test_defaults_start_on_every_kind_of_environment(name):
     accepted = [env_id for env_id in KINDS if name in accepting(env_id)]
     assert accepted
-    for env_id in accepted:
+    for env_id in accepted[:2]:
         _, make_agent, config, env, params, *_ = prepare(name, env_id)
         trace(make_agent(config, env, params), env, params)
 

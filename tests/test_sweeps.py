@@ -142,3 +142,85 @@ def test_ranking_of_equals_is_undecided_and_one_seed_has_no_interval():
     assert 0.3 < table.best[0] < 0.7
     alone = sweeps.ranking(pd.DataFrame([row for row in rows if row["seed"] == 0]), ["x"])
     assert list(alone.columns) == ["configuration", "x", "evaluation_return"]
+
+
+def outcomes(rows: dict[int, list[tuple[float, int | None]]], **columns) -> pd.DataFrame:
+    """Of every configuration the last return of each seed, and the iteration at which it diverged."""
+    return pd.DataFrame([
+        {"configuration": c, "x": c, "seed": seed, "iteration": i, "env_steps": 10 * i,
+         "evaluation_return": value if i else 0, "diverged_at": diverged if i else None,
+         **{name: values[c] for name, values in columns.items()}}
+        for c, seeds in rows.items() for seed, (value, diverged) in enumerate(seeds) for i in (0, 3)
+    ])  # fmt: skip
+
+
+NAN = float("nan")
+MIXED = {
+    0: [(NAN, None)] * 3,
+    1: [(1, None), (2, None), (3, None)],
+    2: [(100, None), (NAN, 2), (100, None)],
+    3: [(1000, 1)] * 3,
+    4: [(2, None), (3, None), (4, None)],
+    5: [(50, None), (float("inf"), None), (50, 2)],
+}
+
+
+def test_configurations_with_diverged_seeds_stand_below_all_others():
+    table = sweeps.ranking(outcomes(MIXED), ["x"])
+    assert list(table.configuration) == [4, 1, 2, 5, 3, 0]
+    np.testing.assert_array_equal(table.evaluation_return, [3, 2, 100, 50, 1000, NAN])
+    assert list(table.diverged) == [0, 0, 1, 1, 3, 0]
+    assert list(table.left_out) == [0, 0, 1, 1, 0, 3]
+    assert table.best[:2].sum() == pytest.approx(1)
+    assert table.best[2:].isna().all()
+    np.testing.assert_array_equal(table.low[2:], [100, 50, 1000, NAN])
+    for count, expected in ((1, [4]), (2, [1, 4]), (4, [1, 2, 4, 5]), (6, [0, 1, 2, 3, 4, 5])):
+        assert sweeps.best(outcomes(MIXED), count) == expected
+    assert sweeps.score(outcomes(MIXED), 4) == 3
+    assert (
+        sweeps.score(outcomes(MIXED), 2) is sweeps.score(outcomes(MIXED), 3) is sweeps.score(outcomes(MIXED), 0) is None
+    )
+
+
+def test_a_diverged_configuration_that_came_further_does_not_win():
+    table = sweeps.ranking(outcomes(MIXED, rung={0: 0, 1: 0, 2: 1, 3: 2, 4: 0, 5: 1}), ["x"])
+    assert list(table.configuration) == [4, 1, 2, 5, 3, 0]
+
+
+def test_where_all_diverged_there_is_still_a_table():
+    for all_broken in ([(NAN, 1), (NAN, 2)], [(5, 1), (6, 2)]):
+        results = outcomes({0: all_broken, 1: all_broken})
+        table = sweeps.ranking(results, ["x"])
+        assert list(table.diverged) == [2, 2]
+        assert table.best.isna().all()
+        assert (sweeps.standings(results) == sweeps.ALL_BROKEN).all()
+        assert sweeps.best(results, 1) == [0]
+    some = sweeps.ranking(outcomes({0: MIXED[2], 1: MIXED[5]}), ["x"])
+    assert list(some.best) == [1, 0], "among those with diverged seeds, by the seeds that are left"
+
+
+def test_a_row_that_is_missing_counts_like_one_that_is_not_finite():
+    results = outcomes({0: [(9, None)] * 2, 1: [(1, None)] * 2})
+    table = sweeps.ranking(results.drop(index=results.index[3]), ["x"])
+    assert list(table.configuration) == [1, 0]
+    assert list(table.left_out) == [0, 1]
+    assert "diverged" not in table
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path):
+    file = tmp_path / "some.csv"
+    for text, message in (
+        ("learning_rate,hidden\n1e-3,8\n1e-2,wide\n", r"some\.csv, row 3, hidden is 'wide'; it must be whole numbers"),
+        ("discount\n0.9:1:3\n", "row 2, discount is '0.9:1:3'; it must be a number"),  # a cell is one value
+        ("depth\n1\n", "whose column 'depth' is no field of the algorithm"),
+        ("", "which is no CSV file with a header"),
+        ("discount\n", "which has no rows"),
+        ("discount\n0.9\n0.99,1\n", "row 3, has 2 cells, but the header 1"),
+        ("discount,discount\n0.9,0.8\n", "has the column 'discount' twice"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigurationError, match=message):
+            found({}, sweep_file=str(file))
+    file.write_bytes(b"discount\n\xff\xfe\n")
+    with pytest.raises(ConfigurationError, match="which is no CSV file with a header: 'utf-8' codec"):
+        found({}, sweep_file=str(file))

@@ -257,7 +257,7 @@ def test_agrees_with_the_pure_function(compiled, train):
         assert alone_history["env_steps"].tolist() == [8 + 2 * 4, 8 + 2 * 7]
         for point, (averages, returns) in enumerate(history):
             expected = dict(zip(chunks.metric_names, np.asarray(averages[run]), strict=True))
-            assert set(alone_history) == set(expected) | {"env_steps", "evaluation_return"}
+            assert set(alone_history) == set(expected) | {"env_steps", "evaluation_return", "diverged_at"}
             for name, value in expected.items():
                 np.testing.assert_allclose(alone_history[name][point], value, rtol=1e-4)
             np.testing.assert_allclose(alone_history["evaluation_return"][point], returns[run], rtol=1e-4)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from gymnax.environments import spaces
 
-from jaxrl_dist import experience, runner, sweeps
+from jaxrl_dist import cli, envs, experience, problem, runner, sweeps
 from jaxrl_dist.agent import Agent, Count, Positive, Real, configuration, continuous_action_size, require
 from jaxrl_dist.interaction import average
 
@@ -148,3 +148,16 @@ def run_with_devices(count: int, code: str) -> None:
     flags = f"--xla_force_host_platform_device_count={count}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=600)
+
+
+def agents() -> list[str]:
+    """The algorithms that are agents; those of dynamic programming are not."""
+    return sorted(name for name in cli.algorithms() if hasattr(cli.find_algorithm(name), "make_agent"))
+
+
+def at_home(name: str) -> tuple:
+    """An algorithm on the environment of its first preset: its module, the preset's settings, and env, env_params."""
+    module = cli.find_algorithm(name)
+    env_id, preset = next(iter(module.PRESETS.items()))
+    of_the_run, settings = problem.split_preset(preset)
+    return module, settings, *envs.make(env_id, **dict(pair.split("=") for pair in of_the_run.get("env_options", ())))

@@ -15,11 +15,19 @@ by its own noise. The actor climbs the mean of the learned law.
     target copy   every `target_period` updates, actor and critic
     exploration   a = clip(mu(s) + noise, -1, 1),  noise ~ N(0, sigma^2) per action component
 
-Differences from the paper: the bound on g is the authors' code's (acme), as are the defaults; networks are plain
-perceptrons with relu (theirs normalise the first layer); replay is uniform (they found that priorities help little);
-environments and learner take turns within one program instead of running apart. A window of rewards that meets a time
-limit is cut there and bootstraps from its true last state. With `--risk` the actor climbs another risk measure of the
-law; a tail within one atom has no slope, so a small LEVEL wants atoms closer together than the returns spread.
+The bound on g and the defaults are those of acme, the code from the authors' laboratory. Differences from the paper and
+from that code:
+- networks are plain perceptrons with relu (theirs: elu, with a normalised first layer); replay is uniform, as acme's
+  (the paper found that priorities help little);
+- environments and learner take turns within one program (theirs run apart, at the same ratio of 32 samples to a step),
+  and the actor that acts is the newest (acme: the target copy);
+- the critic is updated first, and the actor climbs the new one (acme: both gradients are taken before either moves) at
+  the observations of the batch (acme: at their successors);
+- the warm-up's actions are uniform (acme: the first policy's with its noise), and gradients are not cut (acme: at a
+  norm of 40; below 1 in our runs).
+A window of rewards that meets a time limit is cut there and bootstraps from its true last state. With `--risk` the
+actor climbs another risk measure of the law; a tail within one atom has no slope, so a small LEVEL wants atoms closer
+together than the returns spread.
 
 Run:      python algorithms/actor_critic/d4pg.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.

@@ -13,7 +13,8 @@ give the targets. Exploration is noise added to the action. Nothing restrains ov
     noise         n <- n - theta n + sigma N(0, 1), reset with the episode; theta 1 is independent Gaussian noise
 
 Differences from the paper: the defaults are the settings retuned by the authors of TD3; `--preset paper` takes the
-paper's, but for the batch normalisation of its low-dimensional networks, which no later code keeps.
+paper's, but for the batch normalisation of its low-dimensional networks, which no later code keeps, and a warm-up of
+one batch, of which the paper says nothing.
 
 Run:      python algorithms/actor_critic/ddpg.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -296,6 +297,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=config.num_envs * config.steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

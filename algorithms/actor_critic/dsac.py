@@ -9,18 +9,27 @@ by the variance: where returns are uncertain the mean moves slowly, which lowers
 actor causes, without a second critic. Two bounds keep the likelihood's gradients in hand: the standard deviation stays
 within [min_std, max_std], and its own target stays within `target_bound` of the mean.
 
-    target        y = r + gamma (1 - terminated) (Z' - alpha log pi_target(a'|s')),  a' ~ pi_target(.|s'),
-                  Z' ~ N(Q_target(s', a'), sigma_target(s', a')^2), noise cut at three standard deviations
+    target        y = c r + gamma (1 - terminated) (Z' - alpha log pi_target(a'|s')),  a' ~ pi_target(.|s'),
+                  Z' ~ N(Q_target(s', a'), sigma_target(s', a')^2), noise cut at two standard deviations
     critic        -log N(y; Q(s, a), sigma(s, a)^2), by its gradients: with C(y) = Q + clip(y - Q, -b, b)
                   d/dQ = -(y - Q) / (sigma^2 + bias),  d/dsigma = -((C(y) - Q)^2 - sigma^2) / (sigma^3 + bias)
     actor         mean of alpha log pi(a|s) - Q(s, a),  a ~ pi(.|s), once every `policy_delay` critic updates
     temperature   -log alpha (mean of log pi(a|s) + target entropy), with the actor
     targets       psi_target <- psi_target + polyak (psi - psi_target) for actor and critic, with the actor
 
-Differences from the paper: rewards are not scaled (the authors' code: by 0.2), and the bounds are in units of return;
-perceptrons without shared trunks; one learner, step sizes that do not fall, networks that start as PyTorch's do. The
-bias is 0 in the paper and 0.1 in the authors' later code. An iteration takes `policy_delay` environment steps before
-as many critic updates. With `--risk` the actor climbs another risk measure of N(Q, sigma^2) than its mean.
+c is `reward_scale`, since the bounds on sigma and on its target suit returns of one size only; what is reported is in
+the environment's units again.
+
+The defaults are those of the authors' code of the paper (DSAC-v1), first weights included: Glorot's, so that both
+deviations start near 1. Differences from that code:
+- one learner, one replay and one environment that take turns, `policy_delay` environment steps before as many critic
+  updates (theirs: four, three and six, running apart); the actor follows the last of these updates (theirs: the first);
+- step sizes do not fall (theirs: by a cosine to 1e-6), and the warm-up's actions are uniform (theirs: the policy's);
+- both outputs of a network share all five layers (theirs: the first three), whose GELU has its tanh form;
+- the actor's noise is not cut (theirs: at three deviations); log pi is exact (theirs adds 1e-4 within the logarithm)
+  and that of actions in [-1, 1] (theirs: in the environment's units).
+Their later code (DSAC-v2, whose settings are those of `dsac_t.py`) has softplus for sigma and 0.1 for the bias. With
+`--risk` the actor climbs another risk measure of N(Q, sigma^2) than its mean.
 
 Run:      python algorithms/actor_critic/dsac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -60,7 +69,7 @@ from jaxrl_dist.normalization import normalize
 
 @configuration
 class Config:
-    """Settings of DSAC; the defaults are the paper's. Floats can be swept within one compiled program."""
+    """Settings of DSAC; the defaults are the authors' code's. Floats can be swept within one compiled program."""
 
     num_envs: Count = 1
     """environments stepped in parallel"""
@@ -68,7 +77,7 @@ class Config:
     """steps of each environment between two rounds of updates"""
     updates_per_iteration: Count = 2
     """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
-    warmup_steps: Count = 10_000
+    warmup_steps: Count = 2_000
     """environment steps with uniform random actions before the first update"""
     replay_capacity: Count = 500_000
     """transitions kept for sampling"""
@@ -92,20 +101,22 @@ class Config:
     target_entropy_per_action: Real = -1.0
     """entropy to which the temperature steers the policy, per action component"""
 
-    actor_hidden: tuple[int, ...] = (256, 256, 256)
+    actor_hidden: tuple[int, ...] = (256, 256, 256, 256, 256)
     """widths of the actor's hidden layers"""
-    critic_hidden: tuple[int, ...] = (256, 256, 256)
+    critic_hidden: tuple[int, ...] = (256, 256, 256, 256, 256)
     """widths of the critic's hidden layers"""
     activation: Literal["gelu", "relu"] = "gelu"
     """non-linearity of all hidden layers"""
     policy_delay: Count = 2
     """critic updates per update of the actor, the temperature and the targets"""
-    target_bound: Positive = 20.0
-    """b, how far from the mean the standard deviation's target may lie, in units of return"""
+    reward_scale: Positive = 0.2
+    """c, factor on the rewards that are learned from"""
+    target_bound: Positive = 10.0
+    """b, how far from the mean the standard deviation's target may lie, in units of scaled return"""
     min_std: Positive = 0.905
-    """smallest standard deviation, in units of return"""
+    """smallest standard deviation, below 1, in units of scaled return"""
     max_std: Positive = 54.6
-    """largest standard deviation"""
+    """largest standard deviation, above 1, in units of scaled return"""
     gradient_bias: NonNegative = 0.0
     """added to the denominators of the critic's gradients"""
     risk: str = "neutral"
@@ -135,9 +146,9 @@ class Actor(nn.Module):
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
         activation = getattr(nn, self.activation)
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), activation, name="mlp")(observation)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, -5, 1)
+        mlp = networks.MLP((*self.hidden, 2 * self.action_size), activation, glorot=True, name="mlp")
+        mean, position = jnp.split(mlp(observation), 2, axis=-1)
+        return mean, bounded(position, -5, 1)
 
 
 class Critic(nn.Module):
@@ -151,9 +162,18 @@ class Critic(nn.Module):
         self, observation: jax.Array, action: jax.Array, min_std: float | jax.Array, max_std: float | jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         inputs = jnp.concatenate([observation, action], axis=-1)
-        mean, position = networks.MLP((*self.hidden, 2), getattr(nn, self.activation), name="mlp")(inputs).T
-        # The position between the bounds is on the logarithmic scale, and smooth: a hard clip would have no way back.
-        return mean, min_std * (max_std / min_std) ** (0.5 * (jnp.tanh(position) + 1))
+        mlp = networks.MLP((*self.hidden, 2), getattr(nn, self.activation), glorot=True, name="mlp")
+        mean, position = mlp(inputs).T
+        return mean, jnp.exp(bounded(position, jnp.log(min_std), jnp.log(max_std)))
+
+
+def bounded(position: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
+    """Log standard deviations in (low, high), low < 0 < high, from unbounded outputs; 0 stays 0.
+
+    Each side is a tanh of its own: a hard clip would have no way back.
+    """
+    tanh = jnp.tanh(position / jnp.maximum(-low, high))
+    return tanh * jnp.where(position > 0, high, -low)
 
 
 # -- State ------------------------------------------------------------------------------------------------------------
@@ -186,9 +206,9 @@ class State(NamedTuple):
 def target_return(
     config: Config, batch: Transition, next_return: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-    """Reward plus the successor's discounted soft return, `[batch]`."""
+    """Scaled reward plus the successor's discounted soft return, `[batch]`."""
     discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return batch.reward + discount * (next_return - temperature * next_log_density)
+    return config.reward_scale * batch.reward + discount * (next_return - temperature * next_log_density)
 
 
 def critic_loss(config: Config, mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
@@ -217,9 +237,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
     require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
     check_policy_delay(config)
     require(
-        any(isinstance(bound, jax.core.Tracer) for bound in (config.min_std, config.max_std))
-        or config.min_std < config.max_std,
-        f"--min-std is {config.min_std}; it must be below --max-std = {config.max_std}",
+        isinstance(config.min_std, jax.core.Tracer) or config.min_std < 1,
+        f"--min-std is {config.min_std}; it must be below 1, where the standard deviation starts",
+    )
+    require(
+        isinstance(config.max_std, jax.core.Tracer) or config.max_std > 1,
+        f"--max-std is {config.max_std}; it must be above 1, where the standard deviation starts",
     )
     actor = Actor(config.actor_hidden, action_size, config.activation)
     critic = Critic(config.critic_hidden, config.activation)
@@ -242,7 +265,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         temperature = jnp.exp(learner.log_temperature)
         next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
         next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action)
-        next_return = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -3, 3)
+        next_return = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -2, 2)
         target = target_return(config, batch, next_return, next_log_density, temperature)
 
         def critic_objective(parameters):
@@ -254,7 +277,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = optax.apply_updates(learner.critic, changes)
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, target).mean(),
-            "value": mean.mean(), "std": std.mean(), "target": target.mean(),
+            "value": mean.mean() / config.reward_scale, "std": std.mean() / config.reward_scale,
+            "target": target.mean() / config.reward_scale,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max() / config.reward_scale,
             "clipped_targets": (jnp.abs(target - mean) > config.target_bound).mean(),
             "critic_gradient_norm": optax.tree.norm(gradient),
         }  # fmt: skip
@@ -266,7 +291,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, key)
-            value = gaussian.value(risk, *moments(learner.critic, batch.observation, action))
+            mean, std = moments(learner.critic, batch.observation, action)
+            # In the environment's units, for mean-variance is not proportional to them.
+            value = config.reward_scale * gaussian.value(risk, mean / config.reward_scale, std / config.reward_scale)
             return actor_loss(value, log_density, temperature), log_density
 
         (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
@@ -289,7 +316,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
         observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
         actor_parameters = actor.init(actor_key, observation)
-        critic_parameters = critic.init(critic_key, observation, action, 1, 1)
+        critic_parameters = critic.init(critic_key, observation, action, 0.5, 2.0)
         log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
         learner = Learner(
             actor_parameters, critic_parameters, actor_parameters, critic_parameters, log_temperature,
@@ -334,11 +361,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         observation = normalize(state.experience.normalizer, observation)
         action, log_density = sample_action(state.learner.actor, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature) * log_density
+        return action, -jnp.exp(state.learner.log_temperature) * log_density / config.reward_scale
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return gaussian.law(*moments(state.learner.critic, observation, action))
+        mean, std = moments(state.learner.critic, observation, action)
+        return gaussian.law(mean / config.reward_scale, std / config.reward_scale)
 
     def export(state: State) -> dict[str, jax.Array]:
         layers = state.learner.actor["params"]["mlp"]["layers"]

@@ -23,8 +23,13 @@ switched off; without all three the loss is DSAC's.
 Differences from the paper: w is the square of the running mean of sigma, as in both of the authors' codes (the paper:
 the running mean of its square). `--repository-loss` takes the loss of their DSAC-v2 code, which differs: Huber instead
 of squares, per-sample ratios m^2 / (sigma^2 + bias) in [0.1, 10] as scale, and a sigma that settles sqrt(2) lower.
-Warm-up by uniform random actions; GELU in its tanh form; networks start as PyTorch's do. With `--risk` the actor climbs
-the smallest of another risk measure of N(Q_i, sigma_i^2) than the mean.
+Differences from that code, whose settings the defaults are:
+- an iteration takes `policy_delay` rounds of 20 environment steps before as many critic updates (theirs: a round
+  before each); the actor follows the last of these updates (theirs: the first) and climbs the critics as they then are
+  (theirs: its gradient is taken before they move);
+- the warm-up's actions are uniform (theirs: the policy's); GELU has its tanh form;
+- log pi is that of actions in [-1, 1] (theirs: in the environment's units) and exact.
+With `--risk` the actor climbs the smallest of another risk measure of N(Q_i, sigma_i^2) than the mean.
 
 Run:      python algorithms/actor_critic/dsac_t.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -298,6 +303,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, targets[1][:, None]).mean(),
             "value": mean.mean(), "std": std.mean(), "running_std": running_std.mean(), "target": targets[0].mean(),
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "critic_gradient_norm": optax.tree.norm(gradient),
         }  # fmt: skip
         learner = learner._replace(critic=critic_parameters, running_std=running_std, critic_optimizer=critic_optimizer)

@@ -17,8 +17,9 @@ keep a given entropy on average. TQC, DSAC, REDQ, DroQ and CrossQ change the cri
     targets       psi_target <- psi_target + polyak (psi - psi_target)
 
 Differences from the paper: the temperature's loss is the log form of the authors' code (the paper's eq. 18 has alpha
-in place of log alpha, which scales its gradient by alpha); networks start as PyTorch's do (their code: Glorot); the
-number of critics is free.
+in place of log alpha, which scales its gradient by alpha); the actor climbs the critics just updated, as in the paper's
+algorithm (their code takes all gradients at once); networks start as PyTorch's do (their code: Glorot); the number of
+critics is free.
 
 Run:      python algorithms/actor_critic/sac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -232,6 +233,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": values.mean(), "target": target.mean(),
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
@@ -298,6 +300,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=config.num_envs * config.steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ training; off in evaluation. The law that `predict` reports is the critic's Gaus
 and its mean is below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
 
 Differences from the paper: the target entropy is that of its logs, -1 per action component (its table says half or
-less of that); evaluation takes the mode of the policy (its code averages ten samples); the warm-up's actions are uniform
-(its code: tanh of normal draws).
+less of that); evaluation takes the mode of the policy (its code averages ten samples); the warm-up's actions are
+uniform (its code: tanh of normal draws).
 
 Run:      python algorithms/actor_critic/stac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -285,6 +285,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": mean.mean(), "std": std.mean(), "target": target.mean(),
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip

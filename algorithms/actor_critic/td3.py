@@ -14,10 +14,11 @@ similar actions should have similar values.
     actor         -mean of Q_1(s, mu(s)), once every `policy_delay` critic updates
     targets       phi_target <- phi_target + polyak (phi - phi_target) for actor and critics, with the actor
 
-Differences from the paper: defaults are those of the authors' present code (learning rate 3e-4, batch 256, 256-256);
-`--preset paper` takes the paper's. An iteration takes `policy_delay` environment steps before as many critic updates:
-the acting policy is the same as with alternating steps and updates, because it only changes every `policy_delay`
-updates.
+Differences from the paper: defaults are those of the authors' present code (learning rate 3e-4, batch 256, 256-256,
+25,000 steps of warm-up); `--preset paper` takes the paper's, with its warm-up of 10,000 steps for HalfCheetah and Ant
+(elsewhere the paper has 1,000: `--warmup-steps 1000`). An iteration takes `policy_delay` environment steps before as
+many critic updates: the acting policy is the same as with alternating steps and updates, because it only changes every
+`policy_delay` updates.
 
 Run:      python algorithms/actor_critic/td3.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -298,6 +299,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=config.num_envs * config.steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ choice as one atom in N * M, and the number of critics no longer decides it.
     targets       psi_target <- psi_target + polyak (psi - psi_target)
 
 Differences from the paper: none in the equations. The actor and the temperature are updated after the critic and see
-its new parameters (the PyTorch code computes all three gradients first). With `--risk` the actor climbs another risk
-measure of all atoms than their mean.
+its new parameters (the PyTorch code computes all three gradients first). The warm-up is that of the TensorFlow code
+(the PyTorch code has none and acts by its policy from the start). With `--risk` the actor climbs another risk measure
+of all atoms than their mean.
 
 Run:      python algorithms/actor_critic/tqc.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
@@ -259,6 +260,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": atoms.mean(), "target": target.mean(),
             "truncation": next_atoms.mean() - quantile.truncate_pooled(next_atoms, config.quantiles_dropped).mean(),
             "critic_gradient_norm": critic_gradient_norm,

@@ -183,8 +183,11 @@ def target_value(batch: Batch, next_values: jax.Array, choosing_values: jax.Arra
 
 def loss_of(values: jax.Array, target: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """Mean Huber loss of the values of the actions taken, both `[batch]`; with threshold 0 half the squared error."""
-    threshold = jnp.where(threshold > 0, threshold, jnp.finfo(jnp.float32).max)
-    return optax.losses.huber_loss(values, jax.lax.stop_gradient(target), delta=threshold).mean()
+    bound = jnp.where(threshold > 0, threshold, jnp.inf)
+    error = values - jax.lax.stop_gradient(target)
+    # Not by `optax.huber_loss`: its derivative is a difference of thresholds, which a wide one rounds away.
+    clipped = jnp.clip(error, -bound, bound)
+    return (clipped * (error - clipped / 2)).mean()
 
 
 # -- Agent ------------------------------------------------------------------------------------------------------------
@@ -275,6 +278,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

@@ -285,6 +285,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         warmup_steps=warmup_steps,
         steps_per_iteration=steps_per_iteration,
         updates_per_iteration=config.updates_per_iteration,
+        learns_mean=True,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def quantiles(fractions: np.ndarray, atoms: np.ndarray, weights: np.ndarray) -> 
 def fixed_point(
     steps: Literal["even", "learned"], weights: Literal["mass", "equal"], num_fractions: int, discount: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Atoms and masses `[num_fractions]` at which neither loss pulls any more, to about 1e-8 of a reward."""
+    """Atoms and masses `[num_fractions]` at which neither loss pulls any more, to about 1e-4 of a reward."""
     masses = np.full(num_fractions, 1 / num_fractions)
     atoms = np.linspace(-1.1, -0.9, num_fractions) / (1 - discount)
     for _ in range(20_000):
@@ -54,7 +54,7 @@ def fixed_point(
             best = np.diff(np.concatenate([[0], edges, [1]]))
         change = max(np.abs(moved - atoms).max(), np.abs(best - masses).max())
         atoms, masses = moved, (masses + best) / 2
-        if change < 1e-10:
+        if change < 1e-6:
             return atoms, masses
     raise ValueError(f"{steps} steps, {weights} weights: not settled, still moving by {change:g}")
 

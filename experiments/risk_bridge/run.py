@@ -108,7 +108,7 @@ def judged(agent: Agent, env, env_params, discount, episodes, state, key):
         agent, env, env_params, state, episode_key,
         discount=discount, states=1, rollouts=episodes, horizon=env.length, spread=1,
     )  # fmt: skip
-    return policy, *jax.tree.map(lambda x: x[0], found)
+    return policy, *jax.tree.map(lambda x: x[0], (found.predicted, found.monte_carlo))
 
 
 def compared(env, env_params, text: str, discount: float, policy, predicted, returns) -> dict:

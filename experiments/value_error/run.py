@@ -6,7 +6,9 @@ actions, time limits lifted. A row of `ENVIRONMENT/results.csv` is one seed of o
 
 - `overestimation`, `overestimation_spread`: mean and standard deviation over states of the learned less the true mean;
 - `calibration_w1`: Wasserstein-1 distance of the learned to the observed law, mean over states;
-- `coverage`: part of the observed returns within the learned central 80 % interval;
+- `coverage`: part of the observed returns within the learned central 80 % interval, blank for agents that learn a mean
+  (in the committed tables: 0 to 0.03, how often the points of a critic each were hit);
+- `calibration_missing`: part of the discounted weight beyond the observed returns (since the committed tables);
 - `true_value`: mean of the observed returns; `evaluation_return`: of the policy without exploration.
 
 All of them are divided by the reward scale. Agents that learn a mean have a law of one atom (of one per critic).
@@ -138,7 +140,8 @@ class Measure:
                 agent, env, endless, state, key, batch, discount=config.discount, rollouts=rollouts,
                 horizon=evaluation.horizon(config.discount),
             )  # fmt: skip
-            return evaluation.calibration(found)._asdict() | {"true_value": found.monte_carlo.mean()}
+            numbers = evaluation.calibration(found, learns_mean=agent.learns_mean)._asdict()
+            return numbers | {"true_value": found.monte_carlo.mean()}
 
         runs = PartitionSpec("runs")
         self.judge = jax.jit(
@@ -168,7 +171,8 @@ class Measure:
             for seed in range(self.seeds):
                 row = {"seed": seed, "env_steps": env_steps}
                 for metric, values in found.items():
-                    row[metric] = round(float(values[seed]) / (1 if metric == "coverage" else self.scale), 4)
+                    scale = 1 if metric in ("coverage", "calibration_missing") else self.scale
+                    row[metric] = np.nan if values is None else round(float(values[seed]) / scale, 4)
                 rows.append(row)
         return rows
 
@@ -192,13 +196,18 @@ def summarise(folder: Path, environment: str, reward_scale: float) -> None:
     for metric in METRICS:
         # Errors fall by orders of magnitude; what remains at the end is what agents differ in.
         linear_up_to = None if metric == "coverage" else 10.0
-        plotting.learning_curve(frames, folder / f"{metric}.png", title=title, metric=metric, linear_up_to=linear_up_to)
+        shown = {label: frame for label, frame in frames.items() if frame[metric].notna().any()}
+        if shown:
+            path = folder / f"{metric}.png"
+            plotting.learning_curve(shown, path, title=title, metric=metric, linear_up_to=linear_up_to)
     rows = []
     for label, frame in frames.items():
         last = frame[frame.env_steps.isin(np.unique(frame.env_steps)[-3:])].groupby("seed").mean(numeric_only=True)
         row = {"agent": label, "seeds": len(last)}
         for metric in ("evaluation_return", "true_value", *METRICS):
             values = last[metric].to_numpy()
+            if np.isnan(values).all():  # the coverage of a mean
+                continue
             low, high = statistics.bootstrap_interval(values)
             row |= {metric: statistics.interquartile_mean(values), f"{metric}_low": low, f"{metric}_high": high}
         rows.append({key: round(float(x), 3) if isinstance(x, float | np.floating) else x for key, x in row.items()})

@@ -7,21 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_dist.distributional.quantile import MOST_ATOMS
+
 
 def support(v_min: float | jax.Array, v_max: float | jax.Array, num_atoms: int) -> jax.Array:
     """Evenly spaced returns from v_min to v_max, both included: `[num_atoms]`.
 
-    The bounds may be tracers. Raises ValueError for fewer than two atoms, and for concrete bounds that are not finite
-    or not in ascending order.
+    The bounds may be tracers. Raises ValueError for fewer than two atoms or more than `quantile.MOST_ATOMS`, and for
+    concrete bounds that are not finite, not in ascending order, or too close or too far apart for float32.
     """
-    if num_atoms < 2:
-        raise ValueError(f"num_atoms is {num_atoms}; it must be at least 2")
+    if not 2 <= num_atoms <= MOST_ATOMS:
+        raise ValueError(f"num_atoms is {num_atoms}; it must be at least 2 and at most {MOST_ATOMS}")
     if not isinstance(v_min, jax.core.Tracer) and not isinstance(v_max, jax.core.Tracer):
         for name, bound in (("v_min", v_min), ("v_max", v_max)):
             if not np.isfinite(bound):
                 raise ValueError(f"{name} is {bound}; it must be finite")
         if v_min >= v_max:
             raise ValueError(f"v_min is {v_min}; it must be less than v_max = {v_max}")
+        with np.errstate(over="ignore"):
+            spacing = np.diff(np.linspace(v_min, v_max, num_atoms).astype(np.float32))
+        if not (np.isfinite(spacing) & (spacing > 0)).all():
+            raise ValueError(f"v_min is {v_min} and v_max {v_max}; float32 cannot tell {num_atoms} atoms there apart")
     return jnp.linspace(v_min, v_max, num_atoms, dtype=jnp.float32)
 
 

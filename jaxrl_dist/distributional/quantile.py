@@ -10,11 +10,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+MOST_ATOMS = 2**20
+"""More could not be told apart: beyond it the fractions differ by less than a few steps of float32."""
+
 
 def midpoints(num_quantiles: int) -> jax.Array:
     """Fractions (2m - 1) / 2M at which M quantiles minimise the Wasserstein-1 distance (QR-DQN, Lemma 2): `[M]`."""
-    if num_quantiles < 1:
-        raise ValueError(f"num_quantiles is {num_quantiles}; it must be at least 1")
+    if not 1 <= num_quantiles <= MOST_ATOMS:
+        raise ValueError(f"num_quantiles is {num_quantiles}; it must be at least 1 and at most {MOST_ATOMS}")
     return (jnp.arange(num_quantiles, dtype=jnp.float32) + 0.5) / num_quantiles
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_dist.agent import ConfigurationError
+from jaxrl_dist.agent import ConfigurationError, as_float32
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.quantile import sort_atoms
@@ -61,7 +61,7 @@ def parse(text: str) -> Risk:
         level = float(number)
     except ValueError:
         level = None
-    if level is None or name not in _LEVELS or not _LEVELS[name][1](level):
+    if level is None or name not in _LEVELS or not _LEVELS[name][1](as_float32(level)):
         allowed = [f"{name}:LEVEL with LEVEL {levels}" for name, (levels, _) in _LEVELS.items()]
         allowed = f"neutral, {', '.join(allowed[:-1])}, or {allowed[-1]}"
         raise ConfigurationError(f"--risk is {text!r}; it must be {allowed}")

@@ -54,7 +54,7 @@ OBSERVATIONS = jnp.array([[-1.0], [0.0], [1.0]])
 PROBE_SETTINGS = {
     "tqc": OWN["tqc"],
     "d4pg": {"num_steps": 1, "updates_per_iteration": 1, "target_period": 20, "v_min": -4.0, "v_max": 4.0},
-    "dsac": {"min_std": 0.1, "max_std": 3.0},
+    "dsac": {"reward_scale": 1.0, "min_std": 0.1, "max_std": 3.0},
     "stac": {"pessimism": 0.0, "actor_dropout": 0.0, "critic_dropout": 0.0},
 }
 
@@ -277,6 +277,10 @@ def test_state_keeps_its_structure_and_counts_are_right(name, settings):
     assert optax.tree_utils.tree_get(state.learner.actor_optimizer, "count") == actor_updates
     expected = {"episode_return", "episode_length", "critic_loss", "actor_loss", "value", "target"}
     assert metrics.keys() >= expected | {"critic_gradient_norm"}
+    # What soft agents add to rewards is said too, or their values could not be held against what is possible.
+    assert ("largest_bonus" in metrics) == ("temperature" in metrics)
+    if "temperature" in metrics:
+        assert metrics["largest_bonus"].total > 0
     for metric in metrics.values():
         assert metric.total.shape == metric.count.shape == ()
         assert metric.total.dtype == metric.count.dtype == jnp.float32
@@ -376,10 +380,15 @@ def test_actions_and_predictions(started):
     np.testing.assert_array_equal(action, agent.act(state, observation, jax.random.key(1)))
 
     followed, bonus = agent.target_policy(state, observation, jax.random.key(0))
+    scale = getattr(config, "reward_scale", 1.0)
+    if name == "stac":  # units are dropped while training, not in evaluation
+        dropout = {"dropout": jax.random.split(jax.random.key(0))[1]}
+        outputs = actor.apply(state.learner.actor, inputs.astype(np.float32), config.actor_dropout, rngs=dropout)
+        outputs = np.concatenate(outputs, axis=1)
     if name in SOFT:
         noise = (np.arctanh(np.asarray(followed, np.float64)) - outputs[:, :2]) / np.exp(outputs[:, 2:])
         log_density = by_hand.soft_sample(outputs, noise)["log_density"]
-        np.testing.assert_allclose(bonus, -config.initial_temperature * log_density, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(bonus, -config.initial_temperature * log_density / scale, rtol=1e-3, atol=1e-4)
         assert not np.allclose(followed, action, atol=0.05)
     else:
         np.testing.assert_array_equal(bonus, np.zeros(7))
@@ -397,8 +406,8 @@ def test_actions_and_predictions(started):
         mean, std = critic.apply(state.learner.critic, inputs.astype(np.float32), action, *bounds)
         if name == "dsac_t":
             mean, std = (jnp.where(mean[:, 0] < mean[:, 1], x[:, 0], x[:, 1]) for x in (mean, std))
-        np.testing.assert_allclose(atoms[:, 25], mean, rtol=1e-4, atol=1e-5)  # the median
-        np.testing.assert_allclose(atoms.std(1), std, rtol=0.02)
+        np.testing.assert_allclose(atoms[:, 25], mean / scale, rtol=1e-4, atol=1e-5)  # the median
+        np.testing.assert_allclose(atoms.std(1), std / scale, rtol=0.02)
         return
     critic, pairs = by_hand.network(state.learner.critic), np.concatenate([inputs, np.asarray(action)], axis=1)
     members = [by_hand.forward(critic, member, pairs)[-1] for member in range(getattr(config, "num_critics", 1))]
@@ -509,7 +518,10 @@ def test_every_number_has_a_range(name):
             bad_values.append(-1)
         if field.name in ("discount", "polyak", "noise_reversion", "running_rate", "actor_dropout", "critic_dropout"):
             bad_values.append(1.001)
-        positive = ("initial_temperature", "min_std", "max_std", "target_bound", "bound_width", "action_gradient_bound")
+        positive = (
+            "initial_temperature", "reward_scale", "min_std", "max_std", "target_bound", "bound_width",
+            "action_gradient_bound",
+        )  # fmt: skip
         if field.name in positive or (isinstance(value, int) and field.name != "quantiles_dropped"):
             bad_values.append(0)
         for bad in bad_values:

@@ -48,7 +48,7 @@ def example(seed=0):
 # -- the quantile Huber loss ------------------------------------------------------------------------------------------
 
 
-def slow_loss_and_gradient(predicted, target, fractions, kappa, over_predicted):
+def slow_loss_and_gradient(predicted, target, fractions, kappa, over_predicted, masses=None):
     """QR-DQN, eq. 9-10, one pair at a time; the gradient is that of the loss summed over batch and members."""
     predicted, target = predicted.astype(np.float64), target.astype(np.float64)
     loss, gradient = np.zeros(predicted.shape[:-1]), np.zeros(predicted.shape)
@@ -60,7 +60,8 @@ def slow_loss_and_gradient(predicted, target, fractions, kappa, over_predicted):
                 cost, slope = 0.5 * u**2 / kappa, u / kappa
             else:
                 cost, slope = abs(u) - 0.5 * kappa, np.sign(u)
-            share = 1 / target.shape[1] / (predicted.shape[-1] if over_predicted == "mean" else 1)
+            mass = 1 / target.shape[1] if masses is None else masses[b, k]
+            share = mass / (predicted.shape[-1] if over_predicted == "mean" else 1)
             loss[b, n] += weight * cost * share
             gradient[b, n, m] -= weight * slope * share
     return loss, gradient
@@ -70,6 +71,9 @@ def slow_loss_and_gradient(predicted, target, fractions, kappa, over_predicted):
 @pytest.mark.parametrize("fractions_axes", ["shared", "per_sample"])
 def test_loss_and_gradient_agree_with_the_slow_reference(branch, over_predicted, fractions_axes):
     predicted, target = example()
+    masses = None
+    if fractions_axes == "per_sample":  # as FQF weighs them
+        masses = np.random.default_rng(2).dirichlet(np.ones(target.shape[1]), BATCH).astype(np.float32)
     fractions = np.asarray(quantile.midpoints(QUANTILES))
     if fractions_axes == "per_sample":  # as IQN draws them: another fraction for every batch element
         fractions = np.random.default_rng(1).uniform(size=(BATCH, 1, QUANTILES)).astype(np.float32)
@@ -77,13 +81,17 @@ def test_loss_and_gradient_agree_with_the_slow_reference(branch, over_predicted,
     kappas = np.array([0, 0.5, 1, 3], np.float32)
 
     def total(predicted, kappa):
-        loss = quantile.quantile_huber_loss(predicted, target, fractions, kappa=kappa, over_predicted=over_predicted)
+        loss = quantile.quantile_huber_loss(
+            predicted, target, fractions, kappa=kappa, over_predicted=over_predicted, target_masses=masses
+        )
         return loss.sum(), loss
 
     evaluate = jax.jit(jax.vmap(jax.value_and_grad(total, has_aux=True), in_axes=(None, 0)))
     (_, loss), gradient = evaluate(predicted, kappas)
     for i, kappa in enumerate(kappas):
-        expected_loss, expected_gradient = slow_loss_and_gradient(predicted, target, full, kappa, over_predicted)
+        expected_loss, expected_gradient = slow_loss_and_gradient(
+            predicted, target, full, kappa, over_predicted, masses
+        )
         np.testing.assert_allclose(loss[i], expected_loss, rtol=1e-5)
         np.testing.assert_allclose(gradient[i], expected_gradient, rtol=1e-5, atol=1e-7)
 
@@ -218,6 +226,8 @@ def test_loss_rejects_bad_arguments():
         quantile.quantile_huber_loss(predicted, predicted, fractions, over_predicted="mean")
     with pytest.raises(ValueError, match="num_quantiles is 0; it must be at least 1"):
         quantile.midpoints(0)
+    with pytest.raises(ValueError, match="num_quantiles is 2147483647; it must be at least 1 and at most 1048576"):
+        quantile.midpoints(2**31 - 1)  # before gigabytes are filled
 
 
 # -- sorting ----------------------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ def test_parse():
             "cvar:",
             "cvar:x",
             "cvar:0",
+            "cvar:1e-60",
+            "wang:1e39",
             "cvar:1.1",
             "cvar:nan",
             "CVaR:0.1",

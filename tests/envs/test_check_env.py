@@ -2,7 +2,7 @@ import jax
 import pytest
 from toy_environments import BROKEN, BoundsByJax, DeterministicLine, Line, ShowsLimit, WeakTime
 
-from jaxrl_dist.envs import EnvironmentCheckError, check_env, make
+from jaxrl_dist.envs import EnvironmentCheckError, available, check, check_env, make
 from jaxrl_dist.envs.probe import probe_params
 
 
@@ -76,6 +76,24 @@ def test_probe_with_discrete_actions_passes():
 def test_gymnax_environments_pass(env_id):
     env, params = make(env_id)
     assert all("compiles twice" in warning for warning in check_env(env, params))
+
+
+# Where gymnax 1.0.1 breaks the contract. None of it reaches an agent: `interaction` casts rewards and states to types
+# that stay, and reads the type of observations from what the environment returns rather than from its space.
+KNOWN = {
+    "Catch-bsuite": "observation is float32[10, 5], but observation_space is",
+    "FourRooms-misc": "observation is int32[4], but observation_space is",
+    "UmbrellaChain-bsuite": "reward is int32[], allowed",
+    "BernoulliBandit-misc": "reward is int32[], allowed",
+}
+
+
+@pytest.mark.parametrize("env_id", [i for ids in available().values() for i in ids if not i.startswith("brax/")])
+def test_types_of_every_listed_environment(env_id):
+    found = list(check._types(*make(env_id), warnings := []))
+    assert len(found) == (env_id in KNOWN)
+    assert all(KNOWN[env_id] in finding for finding in found)
+    assert all("state is weakly typed" in warning for warning in warnings)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ CASES = {
     "iqn": ("CartPole-v1", 2, 4_000_000, "auto"),
 }
 NUM_ENVS = 4096
+SAVERS = ("orbax", "orbax in chunks of 16 MiB", "blocks")
 
 
 def main(algorithms: tuple[str, ...] = tuple(CASES), one: str = "", out: Path = HERE) -> None:
@@ -46,14 +47,15 @@ def main(algorithms: tuple[str, ...] = tuple(CASES), one: str = "", out: Path = 
         out: folder to write to.
     """
     if one:
-        measured = saving(one) if one in ("orbax", "blocks") else measure(one)
+        measured = saving(one) if one in SAVERS else measure(one)
         print(json.dumps(measured))
         return
     from jaxrl_dist import recording
 
     started = time.perf_counter()
-    pd.DataFrame(map(child, algorithms)).to_csv(out / "results.csv", index=False)
-    pd.DataFrame(map(child, ("orbax", "blocks"))).to_csv(out / "saving.csv", index=False)
+    pd.DataFrame(map(child, SAVERS)).to_csv(out / "saving.csv", index=False)
+    if algorithms:
+        pd.DataFrame(map(child, algorithms)).to_csv(out / "results.csv", index=False)
     about = {
         "command": recording.command_line(), "seconds": round(time.perf_counter() - started),
         "date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0)), "versions": recording.versions(),
@@ -165,7 +167,9 @@ def saving(how: str) -> dict:
         import orbax.checkpoint as ocp
 
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        ocp.Checkpointer(handler).save(folder.absolute() / "1", args=ocp.args.PyTreeSave(tree))
+        chunk = None if how == "orbax" else ocp.SaveArgs(chunk_byte_size=16 * MIB)
+        arguments = ocp.args.PyTreeSave(tree, save_args=chunk and jax.tree.map(lambda _: chunk, tree))
+        ocp.Checkpointer(handler).save(folder.absolute() / "1", args=arguments)
 
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "first", {"x": jnp.ones(3)})  # imports and threads

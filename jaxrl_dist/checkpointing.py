@@ -14,8 +14,8 @@ Choices, and what they rest on:
 
 - **No second copy of the state, neither when saving nor when loading**: an array is written and read back in blocks of
   at most `BLOCK_BYTES`, which is all that is held beside the state. Hence plain files and not orbax: of arrays that are
-  split over devices orbax-checkpoint 0.12.8 held three quarters of the state once more while it saved (`experiments/
-  memory`), and its limits on that refuse an array that is larger than they are.
+  split over devices orbax-checkpoint 0.12.8 held up to the whole state once more while it saved (`experiments/memory`),
+  smaller chunks or not, and its limit on bytes in flight refuses an array that is larger.
 - One file per array and process: `numpy.fromfile(file, dtype).reshape(shape)` reads an array that one process wrote.
   Structure, keys and shapes are in the manifest and ours to check, in our own words.
 - Every block goes to its place on its device at once, so the devices that wrote it do not matter; a process reads no
@@ -46,7 +46,7 @@ import numpy as np
 from jaxrl_dist import hosts
 from jaxrl_dist.keys import is_key
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**24
 _FORMAT = 2  # of the manifest and the files; 1 was orbax's
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
@@ -351,6 +351,8 @@ def _write_array(path: Path, array: jax.Array | np.ndarray, pieces: list[dict[st
     with path.open("wb", buffering=0) as file:
         for piece in pieces:
             data = held[piece["bounds"]]
+            if isinstance(data, jax.Array) and data.device.platform == "cpu":
+                data = np.asarray(data)  # no copy, and no compiled slice
             for start, stop in _blocks(data.shape, data.dtype.itemsize):
                 block = np.ascontiguousarray(_taken(data, start, stop)).reshape(-1).view(np.uint8)
                 done = 0
@@ -427,9 +429,10 @@ def _on_device(folder: Path, field: dict[str, Any], bounds: tuple[tuple[int, int
     blocks = list(_blocks(shape, dtype.itemsize))
     if len(blocks) == 1:
         return jax.device_put(read(*blocks[0]), device)
-    array = jnp.zeros(shape, jax.dtypes.canonicalize_dtype(dtype), device=device)
-    for start, stop in blocks:
-        array = jax.block_until_ready(_with_block(array, read(start, stop), start))
+    with jax.default_device(device):  # `zeros(device=...)` would make them on the first device and copy them
+        array = jnp.zeros(shape, jax.dtypes.canonicalize_dtype(dtype))
+        for start, stop in blocks:
+            array = jax.block_until_ready(_with_block(array, read(start, stop), start))
     return array
 
 

@@ -68,7 +68,7 @@ def test_all_is_well_on_a_machine_without_accelerator(machine, capsys):
     assert "PROBLEM" not in text
     rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
     assert jax.__version__ in rows["jax"]
-    for name in ("numpy", "flax", "optax", "gymnax", "orbax-checkpoint", "six"):
+    for name in ("numpy", "flax", "optax", "gymnax", "six"):
         assert importlib.metadata.version(name) in rows[name]
         assert ">=" in rows[name]
     assert "pytest" not in rows  # extras are nobody's duty

@@ -41,7 +41,7 @@ def test_what_is_needed_no_more_makes_room():
 def test_elementwise_results_are_fused_unless_something_else_needs_them():
     pairs = lambda x: x[:, None] - x[None, :]  # noqa: E731 4 MB
     assert live(lambda x: jnp.abs(pairs(x)).sum(), BIG) < 10_000
-    assert live(lambda x: (pairs(x) @ x).sum(), BIG) > 4_000_000
+    assert live(lambda x: (pairs(x) @ x).sum(), BIG) >= 4_000_000
     assert live(pairs, BIG) == 4_000_000
 
 
@@ -247,7 +247,7 @@ def test_neither_saving_nor_loading_holds_the_state_twice(tmp_path):
 
 def test_a_policy_is_cut_out_without_the_replay():
     _, programs = make()
-    state = jax.eval_shape(lambda: programs.begin(jax.random.split(jax.random.key(0), 4))).state
+    state = programs.abstract_training.state
     left = training.without_replay(state)
     assert left.experience.replay is None
     assert left.weights is state.weights

@@ -107,7 +107,7 @@ def start(name):
 
 start("compiled")
 start("read")
-for path in compile_cache.entries(compile_cache.folder()):
+for path in Path(compile_cache.folder()).glob("jit_take_metrics-*-cache"):
     os.truncate(path, path.stat().st_size // 2)
 start("damaged")
 start("mended")
@@ -115,7 +115,7 @@ start("mended")
 
 
 def test_a_run_from_the_cache_is_the_same_run(tmp_path):
-    """Two starts, a third one after every file was cut short, and a fourth one, which finds whole files again."""
+    """Two starts, a third one after a file was cut short, and a fourth one, which finds whole files again."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     finished = subprocess.run(
@@ -127,7 +127,7 @@ def test_a_run_from_the_cache_is_the_same_run(tmp_path):
     read = [re.search(r"compiled in [\d.]+ s(?: \((\d+) programs? from the cache\))?\n", text)[1] for text in said]
     assert read[0] is None
     assert int(read[1]) >= 2
-    assert read[2] is None
+    assert int(read[2]) == int(read[1]) - 1
     assert read[3] == read[1]
     assert [text.count("compile cache: error reading") for text in said] == [0, 0, 1, 0]
     assert "Error reading" not in finished.stderr

@@ -93,7 +93,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
 STARTS = """
 import jax, os, toys
 from pathlib import Path
-from jaxrl_dist import cli, compile_cache
+from jaxrl_dist import cli
 
 cli.spread_over_cores = lambda: None  # which can be done only once in a process
 
@@ -102,12 +102,13 @@ def start(name):
     print("START")
     cli.main(toys.LearnerConfig, toys.make_learner, {"Pendulum-v1": {}}, [
         "--total-steps", "40", "--num-seeds", "2", "--eval-every", "20", "--eval-episodes", "1", "--plots", "False",
-        "--env-options", "max_steps_in_episode=5", "--runs-folder", "FOLDER", "--name", name,
+        "--eval-states", "0", "--env-options", "max_steps_in_episode=5", "--runs-folder", "FOLDER", "--name", name,
+        "--compile-cache", "FOLDER/programs",
     ])
 
 start("compiled")
 start("read")
-for path in Path(compile_cache.folder()).glob("jit_take_metrics-*-cache"):
+for path in Path("FOLDER/programs").glob("jit_take_metrics-*-cache"):
     os.truncate(path, path.stat().st_size // 2)
 start("damaged")
 start("mended")
@@ -116,11 +117,10 @@ start("mended")
 
 def test_a_run_from_the_cache_is_the_same_run(tmp_path):
     """Two starts, a third one after a file was cut short, and a fourth one, which finds whole files again."""
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "200"}
     finished = subprocess.run(
         [sys.executable, "-c", STARTS.replace("FOLDER", str(tmp_path))], cwd=Path(__file__).parent,
-        env=environment | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=600,
+        env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
     said = finished.stdout.split("START")[1:]

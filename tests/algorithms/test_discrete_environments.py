@@ -37,6 +37,8 @@ def test_continuous_actions_are_refused():
         qr_dqn.make_agent(CONFIG, *envs.make("Pendulum-v1"))
 
 
-def test_observations_without_an_axis_are_refused():
-    with pytest.raises(ConfigurationError, match=r"--env-id is FrozenLake-misc, whose observations have shape \(\)"):
-        qr_dqn.make_agent(CONFIG, *envs.make("FrozenLake-misc"))
+def test_numbers_of_states_are_refused_unless_they_are_made_vectors():
+    env, env_params = envs.make("FrozenLake-misc")  # made one-hot by `make`
+    qr_dqn.make_agent(CONFIG, env, env_params)
+    with pytest.raises(ConfigurationError, match=r"whose observations are discrete.*one_hot_observations makes them"):
+        qr_dqn.make_agent(CONFIG, env.env, env_params)

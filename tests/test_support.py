@@ -98,7 +98,7 @@ def test_warmup_leaves_steps_to_learn_in():
     """Even the longest warm-up: TD3's paper takes 25,000 steps, more than a run has by default."""
     prepared = prepare("td3", "MountainCarContinuous-v0")
     assert prepared.config.warmup_steps == 25_000
-    assert prepared.options.total_steps == prepared.config.replay_capacity == 50_000
+    assert prepared.options.total_steps == 50_000
     assert prepare("sac", "MountainCarContinuous-v0").options.total_steps == 20_000
     short, long = (MODULES["sac"].Config(warmup_steps=steps) for steps in (100, 30_000))
     assert problem.with_total_steps(RunOptions(), short, long).total_steps == 60_000, "one total for a whole study"

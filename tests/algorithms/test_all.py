@@ -330,7 +330,10 @@ def test_start(started):
         for layer in range(3):
             near_zero = name == "d4pg" and parameters is learner.actor and layer == 2
             bound = 3e-3 if near_zero else fan_in**-0.5  # uniform within 1 / sqrt(fan-in), PyTorch's default
-            for part in ("kernel", "bias"):
+            if name == "dsac":  # Glorot's, as its authors have it
+                bound = (6 / sum(net[f"kernel_{layer}"].shape[1:])) ** 0.5
+                assert not net[f"bias_{layer}"].any()
+            for part in ("kernel", "bias")[: 1 if name == "dsac" else 2]:
                 values = net[f"{part}_{layer}"]
                 assert np.abs(values).max() <= bound
                 assert len(np.unique(values)) == values.size  # so critics differ from each other
@@ -495,7 +498,7 @@ class Pixels(by_hand.Drift):
     ("env", "message"),
     [
         (gymnax.make("CartPole-v1")[0], "--env-id is CartPole-v1, whose actions are discrete"),
-        (gymnax.make("Pendulum-v1")[0], "--env-id is Pendulum-v1, whose actions have shape (1,) and bounds -2.0"),
+        (gymnax.make("Pendulum-v1")[0], "--env-id is Pendulum-v1, whose actions have shape (1,) and bounds -2 to 2"),
         (Pixels(), "--env-id is Pixels, whose observations have shape (4, 4)"),
     ],
     ids=["discrete", "unscaled", "pixels"],

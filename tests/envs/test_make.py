@@ -223,7 +223,7 @@ def test_options_reach_constructor_and_parameters():
     assert make("DeepSea-bsuite", size=4, max_steps_in_episode=3)[1].max_steps_in_episode == 3
     assert make("Pendulum-v1", max_steps_in_episode="17", max_torque="1")[1].max_torque == 1.0
     assert make("Breakout-MinAtar", use_minimal_action_set="false")[0].num_actions == 6
-    assert make("FrozenLake-misc", map_name="8x8")[0].observation_space(None).n == 64
+    assert make("FrozenLake-misc", map_name="8x8")[0].observation_space(None).shape == (64,)
     assert make("BernoulliBandit-misc", max_steps_in_episode=5)[1].max_steps_in_episode == 5
     assert make("probe", case="discounting", discrete_actions="2")[1].case == 2
 

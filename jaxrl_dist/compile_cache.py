@@ -117,7 +117,8 @@ def _drop_oldest(place: Path, most_bytes: int) -> None:
 def _mend(place: Path, console: Console) -> None:
     """Take away entries that JAX cannot read or write to their end, and say so once.
 
-    JAX warns of each one, compiles it anew and keeps the damaged file for ever.
+    JAX warns of each one, compiles it anew and keeps the damaged file for ever. It names the function alone, so sound
+    entries of functions with that name go too, and are compiled once more.
     """
     show, said = warnings.showwarning, set()
 

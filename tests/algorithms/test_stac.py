@@ -397,6 +397,7 @@ def slow_update(learner: stac.Learner, batch: dict, noises: dict, masks: dict, c
         "critic_loss": loss, "actor_loss": temperature * -entropy - (actor_mean - beta * actor_std).mean(),
         "temperature": temperature, "entropy": entropy, "value": mean.mean(), "std": std.mean(),
         "target": target.mean(), "critic_gradient_norm": gradient_norm,
+        "largest_bonus": np.abs(temperature * following["log_density"]).max(),
     }  # fmt: skip
     return {
         "actor": actor, "critic": critic, "target_critic": by_hand.moved(target_critic, critic, config.polyak),

@@ -211,8 +211,8 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on(worked, alone):
 def test_a_checkpoint_of_two_processes_goes_on_in_one(worked, alone):
     runs, _ = worked
     folder = runs / "moved" / "c51" / "CartPole-v1" / "run"
-    parts = {path.name for path in next((folder / "checkpoints").iterdir()).glob("arrays/ocdbt.process_*")}
-    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}, "each process wrote its own part"
+    parts = {path.name for path in next((folder / "checkpoints").iterdir()).glob("arrays/*")}
+    assert parts == {"0", "1"}, "each process wrote its own part"
     assert train_alone(runs / "moved", resume="latest", **SHORT) == folder
     assert_same_run(alone, folder)
 

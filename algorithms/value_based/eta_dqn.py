@@ -115,7 +115,7 @@ class Config:
 # Environments with a stock; the range of the initial stocks covers minus the returns that can be asked for.
 PRESETS = {
     "stock/gamble": {
-        "total_steps": 66_000, "env_options": ("discount=1.0", "lowest_stock=-9.0", "highest_stock=1.0"),
+        "total_steps": 110_000, "env_options": ("discount=1.0", "lowest_stock=-9.0", "highest_stock=1.0"),
         "discount": 1.0, "updates_per_iteration": 1, "warmup_steps": 2_000, "batch_size": 128, "target_period": 200,
         "learning_rate": 1e-3, "adam_epsilon": 1e-6, "exploration_steps": 20_000, "epsilon_end": 0.3,
         "hidden": (64, 64), "num_quantiles": 32, "kappa": 0.1, "stock_scale": 8.0,

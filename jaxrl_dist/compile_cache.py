@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from jaxrl_dist.agent import require
@@ -72,6 +73,7 @@ def use(choice: str, console: Console) -> None:
         return
     _drop_oldest(Path(place), MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", place)
+    compilation_cache.reset_cache()  # the first program of a process, even of an import, fixes the folder otherwise
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     _mend(Path(place), console)

@@ -18,6 +18,7 @@ import tyro
 from run import advance_program, timed_loop  # beside this file
 
 from jaxrl_dist import cli, problem, recording, training
+from jaxrl_dist.checkpointing import bytes_to_write
 
 HERE = Path(__file__).parent
 CASES = {
@@ -59,7 +60,7 @@ def main(repetitions: int = 9, seconds: float = 0.7, out: Path = HERE) -> None:
         ratio = statistics.median(one / other for one, other in zip(times[True], times[False], strict=True))
         rows.append({
             "agent": name, "ms_frozen": round(frozen, 4), "ms_plain": round(plain, 4), "ratio": round(ratio, 3),
-            "last_finite_bytes": _bytes(state.last_finite) // 2, "state_bytes": _bytes(state) // 2,
+            "last_finite_bytes": bytes_to_write(state.last_finite) // 2, "state_bytes": bytes_to_write(state) // 2,
         })  # fmt: skip
         print(rows[-1], flush=True)
     pd.DataFrame(rows).to_csv(out / "freezing.csv", index=False)
@@ -68,12 +69,6 @@ def main(repetitions: int = 9, seconds: float = 0.7, out: Path = HERE) -> None:
         "date": time.strftime("%Y-%m-%d"), "cores": len(jax.devices()), "versions": recording.versions(),
     }  # fmt: skip
     (out / "freezing.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
-
-
-def _bytes(tree) -> int:
-    from jaxrl_dist.runner import bytes_of
-
-    return bytes_of(tree)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             free = megabytes(shutil.disk_usage(self.folder).free)
         return CheckpointNotWritten(
-            f"checkpoint {iteration} could not be written to {self.folder} ({error.strerror or error}): it needs "
-            f"{megabytes(needed)}, {free} are free; "
+            f"checkpoint {iteration} could not be written to {self.folder} ({error.strerror or error}): it needs more "
+            f"than {megabytes(needed)}, {free} are free; "
             + (f"intact are the checkpoints {kept}" if kept else "there is no earlier checkpoint")
         )
 

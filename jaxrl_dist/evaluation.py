@@ -133,7 +133,7 @@ def limited_because(env, env_params) -> str:
 def no_calibration(env, env_params) -> str:
     """Why returns are not compared, for the user."""
     return (
-        f"the time limit of {env.name} cannot be lifted ({limited_because(env, env_params)}), and Monte-Carlo returns "
+        f"the environment's time limit cannot be lifted ({limited_because(env, env_params)}), and Monte-Carlo returns "
         "cut by it are not what the critic predicts"
     )
 

@@ -25,7 +25,7 @@ from jaxrl_dist.replay import Replay
 from jaxrl_dist.wording import counted
 
 # What compiling all programs of a run leaves in the process on a CPU (experiments/memory).
-COMPILING_BYTES = 300 * 2**20
+COMPILING_BYTES = 420 * 2**20
 # Of what is available, how much may be filled without a word.
 COMFORTABLE = 0.8
 PHASES = {

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
 import pytest
 
-from jaxrl_dist import cli, recording, runner
+from jaxrl_dist import cli, compile_cache, recording, runner
+from jaxrl_dist.agent import option
 from jaxrl_dist.problem import RunOptions, split_preset
 from jaxrl_dist.sweeps import SweepOptions
 
@@ -304,6 +306,21 @@ def test_a_file_without_training_is_run_the_same_way():
     done = run("algorithms/dynamic_programming/robust_risk.py", "--alpha", "2")
     assert done.returncode == 2
     assert done.stderr == "error: --alpha is 2.0; it must be finite and in [0, 1]\n"
+
+
+SOLVERS = [name for name in ALGORITHMS if hasattr(cli.find_algorithm(name), "solve")]
+WRONG = {float: ("nan", "inf", "-1e39", "many"), int: ("-1", "1.5", "3e9", "many"), str: ("nowhere", "", "cvar:7")}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_refuse_bad_values_in_one_line_before_they_compute(name, command, monkeypatch):
+    monkeypatch.setattr(compile_cache, "use", lambda *_: None)
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiles"))
+    hints = typing.get_type_hints(cli.find_algorithm(name).Config)
+    for field, hint in hints.items():
+        for value in WRONG.get(hint, ("nowhere",)):
+            said = refusal(command("train", name, option(field), value))
+            assert option(field) in said or value in said, said
 
 
 def test_list_and_doctor():

@@ -271,6 +271,8 @@ def test_the_command_plays_a_policy_file(tmp_path, capsys):
         (["p.npz", "--env-id", "brax/hopper"], "--env-id is 'brax/hopper', which Gymnasium cannot make"),
         (["three.npz", "--env-id", "CartPole-v1"], "one of 3 actions, but the actions of CartPole-v1 are Discrete(2)"),
         (["p.npz", "--env-id", "Acrobot-v1"], "cannot take the observations of Acrobot-v1"),
+        # learned from one-hot vectors (envs/one_hot.py), where Gymnasium gives the number of the state
+        (["lake.npz", "--env-id", "FrozenLake-v1"], "cannot take the observations of FrozenLake-v1, Discrete(16)"),
         (
             ["p.npz", "--env-id", "MountainCar-v0", "--episodes", "0"],
             "--episodes is 0; it must be a whole number",
@@ -292,6 +294,7 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path, c
     monkeypatch.chdir(tmp_path)
     linear_policy(tmp_path / "p.npz", np.zeros((2, 3)), np.zeros(3))
     linear_policy(tmp_path / "pendulum.npz", np.zeros((2, 1)), [0], (-2, 2))
+    linear_policy(tmp_path / "lake.npz", np.zeros((16, 4)), np.zeros(4))
     linear_policy(tmp_path / "three.npz", np.zeros((4, 3)), np.zeros(3))
     linear_policy(tmp_path / "two.npz", np.zeros((3, 2)), [0, 0], (-2, 2))
     np.savez(tmp_path / "other.npz", a=1)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -62,9 +63,9 @@ def test_a_loop_writes_into_its_carry():
 # ------------------------------------------------------------------------------------------------------ prediction
 
 
-def make(num_seeds=4, width=1, **changes) -> tuple[Problem, training.Programs]:
+def make(num_seeds=4, width=1, eval_states=0, **changes) -> tuple[Problem, training.Programs]:
     config = LearnerConfig(width=width, replay_capacity=changes.pop("replay_capacity", 1024))
-    options = RunOptions(total_steps=20_000, num_seeds=num_seeds, eval_states=0, name="a", **changes)
+    options = RunOptions(total_steps=20_000, num_seeds=num_seeds, eval_states=eval_states, name="a", **changes)
     one = Problem("toy", make_learner, config, Toy(), Toy.default_params, options)
     return one, runner.make_programs(one)
 
@@ -105,14 +106,40 @@ def test_the_largest_consumer_is_named(monkeypatch, tmp_path):
     assert "the evaluation (--eval-episodes 1000000)" in refusal(monkeypatch, tmp_path, MIB, eval_episodes=1_000_000)
 
 
-def test_a_layer_of_two_thousand_million_units_is_refused_and_not_tried(monkeypatch, tmp_path):
+def of_an_algorithm(**changes) -> tuple[Problem, training.Programs]:
+    """C51 on CartPole; `changes` of its configuration or of its options."""
     from jaxrl_dist import envs
     from jaxrl_dist.algorithms.value_based import c51
 
-    monkeypatch.setattr(training.Programs, "compile", lambda _: pytest.fail("compiles"))
-    options = RunOptions(env_id="CartPole-v1", total_steps=20_000, eval_states=0, runs_folder=str(tmp_path))
-    config = dataclasses.replace(c51.Config(), hidden=(2**31 - 1,))
+    names = {field.name for field in dataclasses.fields(c51.Config)}
+    config = dataclasses.replace(c51.Config(), **{name: x for name, x in changes.items() if name in names})
+    others = {name: x for name, x in changes.items() if name not in names}
+    options = RunOptions(env_id="CartPole-v1", total_steps=20_000, **{"eval_states": 0, **others})
     one = Problem("c51", c51.make_agent, config, *envs.make("CartPole-v1"), options)
+    return one, runner.make_programs(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"eval_states": 4096, "eval_rollouts": 512}, "the calibration (--eval-states 4096 x --eval-rollouts 512)"),
+        (
+            {"batch_size": 2**20, "warmup_steps": 2**20, "replay_capacity": 2**20},
+            "the batches of an update (--batch-size 1048576)",
+        ),
+    ],
+)
+def test_calibration_and_batches_are_named(monkeypatch, tmp_path, changes, named):
+    one, programs = of_an_algorithm(**changes)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 64 * MIB)
+    with pytest.raises(ConfigurationError, match=re.escape(named)):
+        memory.require_room(one, programs, Console(quiet=True))
+    assert not programs.compiled
+
+
+def test_a_layer_of_two_thousand_million_units_is_refused_and_not_tried(monkeypatch, tmp_path):
+    monkeypatch.setattr(training.Programs, "compile", lambda _: pytest.fail("compiles"))
+    one, _ = of_an_algorithm(hidden=(2**31 - 1,), runs_folder=str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"most of it, .*, is .*fields like it \(--hidden 2147483647\)"):
         runner.train(one, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []

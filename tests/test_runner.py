@@ -1,6 +1,7 @@
 """A run from plan to pictures: what it writes, exact resume, kill -9, damaged checkpoints, NaN, Ctrl-C, bad input."""
 
 import dataclasses
+import io
 import os
 import random
 import signal
@@ -257,6 +258,16 @@ def test_bad_input_is_named_before_compiling(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, config, **changes)
     assert not any(tmp_path.rglob("*")), "nothing is written for a run that cannot start"
+
+
+def test_the_plan_says_that_calibration_is_off_and_why(tmp_path):
+    options = problem.RunOptions(env_id="DiscountingChain-bsuite", total_steps=20_000, name="a")
+    prepared = problem.prepare("c51", c51.make_agent, c51.Config(), options)
+    text = io.StringIO()
+    console = Console(file=text, width=300)
+    runner._Session(prepared, tmp_path, console, runner.make_programs(prepared), None, None)._print_plan()
+    (line,) = [line for line in text.getvalue().splitlines() if line.startswith("calibration")]
+    assert line.split(maxsplit=1)[1].startswith("off: the environment's time limit cannot be lifted (")
 
 
 def test_env_steps_are_reported_as_taken(tmp_path):

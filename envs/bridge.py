@@ -281,7 +281,7 @@ def _law_of_paths(params: BridgeParams, paths: np.ndarray, discount: float, colu
 
 def draw(axes: "Axes", params: BridgeParams, paths: Mapping[str, Sequence[int]]) -> None:
     """Draw the bridge from above, with paths `[length]` under their labels; paths in one lane run side by side."""
-    from jaxrl_dist.plotting import COLOURS, FAINT, GRID, INK  # here, so that only a picture imports matplotlib
+    from jaxrl_dist.records.plotting import COLOURS, FAINT, GRID, INK  # here, so that only a picture imports matplotlib
 
     lanes, length = check_params(params), len(next(iter(paths.values())))
     if {len(path) for path in paths.values()} != {length}:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import evaluation
-from jaxrl_dist.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.learning.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.running import evaluation
 
 LANES = 16  # enough that even a start drawn from two states is not the same everywhere by chance
 LIMIT = 4  # the time limit of the short runs, in steps

@@ -27,7 +27,7 @@ import scipy.stats
 from flax import struct
 from gymnax.environments import environment, spaces
 
-from jaxrl_dist.agent import require
+from jaxrl_dist.configuration import require
 
 LATENTS, ACTIONS = 2, 2
 NOISE_STD = 0.1  # of the observations that say nothing

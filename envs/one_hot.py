@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from gymnax.environments import spaces
 
-from jaxrl_dist.spaces import kind_of, spaces_of
+from jaxrl_dist.learning.spaces import kind_of, spaces_of
 
 
 def one_hot_observations(env: Any, params: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
 
-from jaxrl_dist.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.learning.spaces import bounds_of, kind_of, spaces_of
 
 
 def rescale_actions(env: Any, params: Any) -> Any:

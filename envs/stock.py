@@ -33,10 +33,10 @@ import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
 
-from jaxrl_dist.agent import require
+from jaxrl_dist.configuration import require
 from jaxrl_dist.distributional.tabular import mdp_from_outcomes
 from jaxrl_dist.envs.tabular import MOVES, Tabular
-from jaxrl_dist.spaces import kind_of, spaces_of
+from jaxrl_dist.learning.spaces import kind_of, spaces_of
 
 # -- stock and utility ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
 
-from jaxrl_dist.agent import require
+from jaxrl_dist.configuration import require
 from jaxrl_dist.distributional.tabular import MDP, mdp_from_outcomes
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _grid(cells: list, outcomes: Callable, start: Mapping, name: str) -> Tabular
 def draw(axes: "Axes", env: Tabular, values: np.ndarray | None = None, policy: np.ndarray | None = None) -> None:
     """Draw states as discs, in colours of `values` `[states]`, and moves as arrows, those of `policy` `[states,
     actions]` or all of them: the likelier the darker, red where they cost and green where they pay."""
-    from jaxrl_dist.plotting import FAINT, GRID, INK  # here, so that only a picture imports matplotlib
+    from jaxrl_dist.records.plotting import FAINT, GRID, INK  # here, so that only a picture imports matplotlib
 
     mdp, places = jax.tree.map(np.asarray, env.default_params.mdp), env.places
     policy = np.full(mdp.probability.shape[:2], 1 / env.num_actions) if policy is None else np.asarray(policy)

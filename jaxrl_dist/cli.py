@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxrl_dist import arguments as words_of
-from jaxrl_dist.agent import ConfigurationError, Count, Seed, check_value, require
-from jaxrl_dist.catalog import algorithms, display_name, find_algorithm, title
+from jaxrl_dist.configuration import ConfigurationError, Count, Seed, check_value, require
+from jaxrl_dist.running import arguments as words_of
+from jaxrl_dist.running.catalog import algorithms, display_name, find_algorithm, title
 from jaxrl_dist.wording import alternatives, counted, nearest
 
 BROKEN = 1
@@ -38,8 +38,9 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     prints.
     """
     spread_over_cores()
-    from jaxrl_dist import compile_cache, hosts, optuna_study, places, problem, runner, study, sweeps
-    from jaxrl_dist.agent import option
+    from jaxrl_dist.configuration import option
+    from jaxrl_dist.running import compile_cache, folders, hosts, problem, session
+    from jaxrl_dist.studies import optuna_study, study, sweeps
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
     program = f"{algorithm}.py" if arguments is None else f"jaxrl-dist train {algorithm}"
@@ -69,12 +70,12 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
         )
         hosts.join(options.distributed, options.num_processes, options.process_id, options.device)
         if options.distributed != "off":
-            options = dataclasses.replace(options, name=options.name or hosts.by_first(runner.date_and_time))
+            options = dataclasses.replace(options, name=options.name or hosts.by_first(session.date_and_time))
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
         # Any name does here, and asking the other processes for theirs would start JAX before --device is heeded.
-        somewhere = dataclasses.replace(options, name=options.name or runner.date_and_time())
-        places.require_run_folder(runner.folder_of(algorithm, somewhere), options.runs_folder)
+        somewhere = dataclasses.replace(options, name=options.name or session.date_and_time())
+        folders.require_run_folder(session.folder_of(algorithm, somewhere), options.runs_folder)
         compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")
@@ -87,14 +88,15 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
         else:
             given = [name for name, default in vars(sweeps.SweepOptions()).items() if getattr(sweep, name) != default]
             require(not given, f"{', '.join(map(option, given))} need --sweep.FIELD VALUES")
-            folder = runner.train(problem.prepare(algorithm, make_agent, config, options), console)
+            folder = session.train(problem.prepare(algorithm, make_agent, config, options), console)
         if hosts.is_first():
             _require_sound(folder)
 
 
 def _require_sound(folder: Path) -> None:
     """End with an error where runs of a training or a study diverged, after all its results are there."""
-    from jaxrl_dist import recording, study, tables
+    from jaxrl_dist.records import recording, tables
+    from jaxrl_dist.studies import study
 
     metrics = tables.read(folder / "results.csv") if study.is_study(folder) else recording.read_metrics(folder)
     lost = recording.divergences(metrics)
@@ -133,8 +135,8 @@ def solve(config_type: type, solver: Callable, arguments: Sequence[str] | None =
 
     Exits like `main`: with 2 for bad input, in one line.
     """
-    from jaxrl_dist import compile_cache
-    from jaxrl_dist.agent import check_configuration
+    from jaxrl_dist.configuration import check_configuration
+    from jaxrl_dist.running import compile_cache
 
     source = Path(sys.modules[solver.__module__].__file__)
     program = source.name if arguments is None else f"jaxrl-dist train {source.stem}"
@@ -307,11 +309,11 @@ def _command(arguments: list[str]) -> None:
         else:
             _plot(parsed.runs, parsed.metric, parsed.out, console)
     elif parsed.command == "report":
-        from jaxrl_dist.report import write
+        from jaxrl_dist.reports.write import write
 
         write(parsed.runs, parsed.out, parsed.normalize, console)
     elif parsed.command == "doctor":
-        from jaxrl_dist import doctor
+        from jaxrl_dist.running import doctor
 
         sys.exit(doctor.main())
 
@@ -328,13 +330,13 @@ def _list(console: Console) -> None:
 
 def _support(environments: Mapping[str, Sequence[str]]) -> Table:
     """What accepts what; environments of a family with the same answers share a row, algorithms a column."""
-    from jaxrl_dist import support
+    from jaxrl_dist.running import compatibility
 
     modules = {name: find_algorithm(name) for name in sorted(algorithms())}
     trained = {name: module for name, module in modules.items() if hasattr(module, "make_agent")}
     refusals = {
         (family, env_id): row for family, ids in environments.items()
-        for env_id, row in support.refusals(trained, ids).items()
+        for env_id, row in compatibility.refusals(trained, ids).items()
     }  # fmt: skip
     columns: dict[tuple[str, ...], list[str]] = {}
     for name in trained:
@@ -351,19 +353,20 @@ def _support(environments: Mapping[str, Sequence[str]]) -> Table:
 
 def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import compile_cache, recording, reporting
+    from jaxrl_dist.records import recording
+    from jaxrl_dist.running import compile_cache, results
 
     compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
-    seeds, returns = reporting.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
+    seeds, returns = results.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
     diverged = {}
     if (folder / "metrics.csv").exists():
-        diverged = reporting.diverged_seeds(recording.read_metrics(folder))
-    reporting.print_results(console, seeds, returns, diverged)
+        diverged = results.diverged_seeds(recording.read_metrics(folder))
+    results.print_results(console, seeds, returns, diverged)
 
 
 def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None:
-    from jaxrl_dist import gymnasium_evaluation
+    from jaxrl_dist.running import gymnasium_evaluation
 
     how = {"episodes": parsed.episodes, "seed": parsed.seed}
     if parsed.run.suffix == ".npz":
@@ -374,21 +377,23 @@ def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None
         gymnasium_evaluation.print_run(parsed.run, console, **how)
 
 
-def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:
-    from jaxrl_dist import places, plotting, recording, study
+def _plot(chosen: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:
+    from jaxrl_dist.records import plotting, recording
+    from jaxrl_dist.running import folders
+    from jaxrl_dist.studies import study
 
-    studies = any(map(study.is_study, folders))
+    studies = any(map(study.is_study, chosen))
     if out or not studies:
-        places.require_picture(out or Path("comparison.png"))
+        folders.require_picture(out or Path("comparison.png"))
     if studies:
-        require(len(folders) == 1, f"RUN is {len(folders)} folders, one of them a study; a study is plotted by itself")
-        study.collect(folders[0], console, metric, out)
+        require(len(chosen) == 1, f"RUN is {len(chosen)} folders, one of them a study; a study is plotted by itself")
+        study.collect(chosen[0], console, metric, out)
         return
     out = out or Path("comparison.png")
-    configs, frames = [recording.read_config(folder) for folder in folders], {}
+    configs, frames = [recording.read_config(folder) for folder in chosen], {}
     environments = sorted({config["options"]["env_id"] for config in configs})
-    for folder, config in zip(folders, configs, strict=True):
-        label = display_name(config["algorithm"]) + f" {folder.name}" * (len(folders) > 1)
+    for folder, config in zip(chosen, configs, strict=True):
+        label = display_name(config["algorithm"]) + f" {folder.name}" * (len(chosen) > 1)
         label += f" on {config['options']['env_id']}" * (len(environments) > 1)
         if label in frames:
             label = str(folder)
@@ -404,13 +409,13 @@ def _plot(folders: Sequence[Path], metric: str, out: Path | None, console: Conso
 
 def _plot_distribution(parsed: argparse.Namespace, console: Console) -> None:
     spread_over_cores()
-    from jaxrl_dist import compile_cache, places, reporting
+    from jaxrl_dist.running import compile_cache, folders, results
 
     compile_cache.use("auto", console)
     require(len(parsed.runs) == 1, f"RUN is {len(parsed.runs)} folders; --distribution draws one")
     out = parsed.out or Path("distribution.png")
-    places.require_picture(out)
-    reporting.plot_distribution(
+    folders.require_picture(out)
+    results.plot_distribution(
         parsed.runs[0], find_algorithm, out, console,
         run_seed=parsed.run_seed, states=parsed.states, seed=parsed.seed,
     )  # fmt: skip

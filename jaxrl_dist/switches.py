@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_dist.agent import ConfigurationError
+from jaxrl_dist.configuration import ConfigurationError
 
 RECORDED = (
     "jax_enable_x64",

@@ -20,10 +20,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXTRAS = ("dev", "tensorboard", "wandb")  # dev has those of the extras gymnasium and optuna
 # What leans on other packages, one or two algorithms, and how all of it is packaged.
 TESTS = (
-    "test_packaging", "test_doctor", "test_cli", "test_compile_cache", "test_checkpointing", "test_portable",
-    "test_recording", "test_plotting", "test_report", "test_statistics", "test_gymnasium_evaluation", "test_optuna",
-    "envs/test_make", "envs/test_brax", "envs/test_check_env", "algorithms/test_tqc", "algorithms/test_qr_dqn",
-    "distributional/test_categorical",
+    "test_packaging", "test_cli", "running/test_doctor", "running/test_compile_cache", "running/test_checkpointing",
+    "running/test_gymnasium_evaluation", "learning/test_portable", "records/test_recording", "records/test_plotting",
+    "records/test_statistics", "reports/test_report", "studies/test_optuna", "envs/test_make", "envs/test_brax",
+    "envs/test_check_env", "algorithms/test_tqc", "algorithms/test_qr_dqn", "distributional/test_categorical",
 )  # fmt: skip
 # Prints the installed versions of the packages named on its command line; runs in the new environment.
 ASK_VERSIONS = "import importlib.metadata as m, sys; print(*(f'{n}={m.version(n)}' for n in sys.argv[1:]))"

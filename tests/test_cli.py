@@ -12,10 +12,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrl_dist import cli, compile_cache, recording, runner
-from jaxrl_dist.agent import option
-from jaxrl_dist.problem import RunOptions, split_preset
-from jaxrl_dist.sweeps import SweepOptions
+from jaxrl_dist import cli
+from jaxrl_dist.configuration import option
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import compile_cache, session
+from jaxrl_dist.running.problem import RunOptions, split_preset
+from jaxrl_dist.studies.sweeps import SweepOptions
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = sorted(cli.algorithms())
@@ -222,11 +224,11 @@ def test_the_ways_to_ask_for_help(command):
 
 
 def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkeypatch):
-    from jaxrl_dist import study
+    from jaxrl_dist.studies import study
 
     asked = []
     monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
-    monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
+    monkeypatch.setattr(session, "train", lambda problem, console: asked.append(problem))
     arguments = "--total-steps 1e6 --warmup-steps 2_000 --seed 2e5 --actor-hidden 1e1,20 --critic_hidden 8 8 --kappa=-0"
     assert command("train", "tqc", *arguments.split())[0] == 0
     (problem,) = asked
@@ -244,7 +246,7 @@ def test_whole_numbers_may_be_written_as_people_write_large_ones(command, monkey
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/a.csv"), 1, "No space left on device: runs/a.csv"),
         (OSError("the checkpoint is not written"), 1, "the checkpoint is not written"),
-        (runner.NonFiniteMetric("loss became non-finite"), 1, "loss became non-finite"),
+        (session.NonFiniteMetric("loss became non-finite"), 1, "loss became non-finite"),
         (MemoryError("9 GiB"), 1, "out of memory: 9 GiB"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n9 bytes"),
@@ -258,7 +260,7 @@ def test_what_breaks_a_run_is_one_line_too(error, status, line, command, monkeyp
     def train(problem, console):
         raise error
 
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(session, "train", train)
     outcome = command("train", "tqc")
     if line is None:
         assert outcome[0] == status
@@ -267,7 +269,7 @@ def test_what_breaks_a_run_is_one_line_too(error, status, line, command, monkeyp
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(command, monkeypatch):
-    monkeypatch.setattr(runner, "train", lambda problem, console: json.loads("{"))
+    monkeypatch.setattr(session, "train", lambda problem, console: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         command("train", "tqc")
 
@@ -280,7 +282,7 @@ def test_bad_input_to_a_file_is_one_line_on_stderr():
 
 
 def test_runs_on_two_environments_say_so_in_their_picture(command, tmp_path, monkeypatch):
-    from jaxrl_dist import plotting
+    from jaxrl_dist.records import plotting
 
     drawn = {}
     monkeypatch.setattr(
@@ -339,7 +341,7 @@ def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatc
     asked = []
     monkeypatch.setattr(cli, "spread_over_cores", lambda: None)  # too late in a process that has used JAX
     monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
-    monkeypatch.setattr(runner, "train", lambda problem, console: asked.append(problem))
+    monkeypatch.setattr(session, "train", lambda problem, console: asked.append(problem))
     presets = {"CartPole-v1": {"total_steps": 777, "warmup_steps": 64, "hidden": (8,)}, "small": {"total_steps": 900}}
     common = ["--batch-size", "16"]
     for arguments in (

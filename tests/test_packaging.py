@@ -28,6 +28,13 @@ FORBIDDEN = {
     "experiments": ("tests",),
     "tests": (),
 }
+# Wings of the toolkit, the highest first: a file imports from its own and from lower ones, at whatever place in it.
+WINGS = (
+    "__main__", "cli", "reports", "studies", "running", "learning", "records", "agent", "distributional", "switches",
+    "configuration", "wording",
+)  # fmt: skip
+# What algorithm files are made of, beside environments: nothing that runs them but the command line's last line.
+FOR_ALGORITHMS = ("agent", "cli", "configuration", "distributional", "learning", "records")
 # The toolkit knows environments and algorithms by name: the import stands in the function that was given one.
 LAZY = {"jaxrl_dist": ("jaxrl_dist.envs", "jaxrl_dist.algorithms")}
 
@@ -70,6 +77,12 @@ def broken_rules(path: Path, source: str) -> list[str]:
         for package in FORBIDDEN[folder]:
             if is_in(name, package) and not (lazy and package in LAZY.get(folder, ())):
                 found.append(f"{path}:{line}: imports {name}, which is not below it")
+        wing = name.split(".")[1] if is_in(name, "jaxrl_dist") and "." in name else ""
+        of_the_toolkit = folder == "jaxrl_dist" and module != "jaxrl_dist" and wing in WINGS
+        if of_the_toolkit and WINGS.index(wing) < WINGS.index(module.split(".")[1]):
+            found.append(f"{path}:{line}: imports {name}, which is in a higher wing")
+        if folder == "algorithms" and wing in WINGS and wing not in FOR_ALGORITHMS:
+            found.append(f"{path}:{line}: imports {name}, which runs algorithms")
         if name.split(".")[0] in ("envs", "algorithms"):
             found.append(f"{path}:{line}: imports {name}; its installed name is jaxrl_dist.{name}")
     return found
@@ -87,24 +100,33 @@ def source_files(*folders: str) -> list[Path]:
 @pytest.mark.parametrize(
     ("path", "source", "broken"),
     [
-        ("jaxrl_dist/replay.py", "import jax\nfrom jaxrl_dist import returns", False),
-        ("jaxrl_dist/replay.py", "from jaxrl_dist.envs import make", True),
-        ("jaxrl_dist/replay.py", "from jaxrl_dist import envs", True),
-        ("jaxrl_dist/replay.py", "import jaxrl_dist.algorithms.actor_critic.tqc as tqc", True),
-        ("jaxrl_dist/replay.py", "from . import envs", True),
+        ("jaxrl_dist/learning/replay.py", "import jax\nfrom jaxrl_dist.learning import returns", False),
+        ("jaxrl_dist/learning/replay.py", "from jaxrl_dist.configuration import require", False),
+        ("jaxrl_dist/learning/replay.py", "from jaxrl_dist.running import training", True),
+        ("jaxrl_dist/learning/replay.py", "def f():\n    from jaxrl_dist.running import training", True),
+        ("jaxrl_dist/learning/replay.py", "import jaxrl_dist.running.training", True),
+        ("jaxrl_dist/records/tables.py", "from ..learning import replay", True),
+        ("jaxrl_dist/agent.py", "from jaxrl_dist import cli", True),
+        ("jaxrl_dist/cli.py", "from jaxrl_dist.studies import study", False),
+        ("jaxrl_dist/learning/replay.py", "from jaxrl_dist.envs import make", True),
+        ("jaxrl_dist/learning/replay.py", "from jaxrl_dist import envs", True),
+        ("jaxrl_dist/learning/replay.py", "import jaxrl_dist.algorithms.actor_critic.tqc as tqc", True),
+        ("jaxrl_dist/cli.py", "from . import envs", True),
         ("jaxrl_dist/distributional/risk.py", "from ..envs import make", True),
         ("jaxrl_dist/distributional/risk.py", "from . import quantile", False),
-        ("jaxrl_dist/replay.py", "import experiments.throughput.run", True),
+        ("jaxrl_dist/learning/replay.py", "import experiments.throughput.run", True),
         ("jaxrl_dist/cli.py", "def train():\n    from jaxrl_dist import envs", False),
         ("jaxrl_dist/cli.py", "def train():\n    import experiments", True),
         ("jaxrl_dist/cli.py", "if True:\n    from jaxrl_dist import envs", True),
         ("jaxrl_dist/cli.py", "class A:\n    from jaxrl_dist import envs", True),
-        ("envs/probe.py", "from jaxrl_dist import interaction", False),
+        ("envs/probe.py", "from jaxrl_dist.learning import interaction", False),
         ("envs/probe.py", "from jaxrl_dist.envs import brax", False),
         ("envs/probe.py", "def f():\n    from jaxrl_dist.algorithms import actor_critic", True),
         ("algorithms/actor_critic/tqc.py", "from jaxrl_dist.envs import make", False),
         ("algorithms/actor_critic/tqc.py", "from jaxrl_dist.algorithms.actor_critic import sac", True),
         ("algorithms/actor_critic/tqc.py", "from . import sac", True),
+        ("algorithms/actor_critic/tqc.py", "from jaxrl_dist.running import training", True),
+        ("algorithms/actor_critic/tqc.py", "from jaxrl_dist.learning import experience", False),
         ("algorithms/actor_critic/tqc.py", "def f():\n    from .sac import State", True),
         ("algorithms/actor_critic/tqc.py", "from algorithms.actor_critic import sac", True),
         ("experiments/throughput/run.py", "from jaxrl_dist.algorithms.actor_critic import tqc", False),
@@ -123,6 +145,26 @@ def test_imports_only_go_down():
     assert {path.parts[0] for path in files} >= {"jaxrl_dist", "algorithms", "envs", "tests"}
     found = [line for path in files for line in broken_rules(path, (REPOSITORY / path).read_text(encoding="utf-8"))]
     assert found == []
+
+
+def test_every_room_is_in_a_wing_and_no_two_rooms_have_one_name():
+    rooms = [path for path in source_files("jaxrl_dist") if path.stem != "__init__"]
+    assert {module_name(path).split(".")[1] for path in rooms} == {*WINGS}
+    names = [path.stem for path in rooms]
+    assert sorted({*names}) == sorted(names)
+
+
+def test_no_two_files_import_each_other():
+    """Not through others either; what a function imports when it is called is no circle."""
+    files = {module_name(path): path for path in source_files(*PACKAGE_FOLDERS)}
+    below = {}
+    for module, path in files.items():
+        names = imports((REPOSITORY / path).read_text(encoding="utf-8"), module)
+        found = {name if name in files else name.rpartition(".")[0] for name, _, lazy in names if not lazy}
+        below[module] = (found & {*files}) - {module}
+    while leaves := {module for module, others in below.items() if not others & {*below}}:
+        below = {module: others for module, others in below.items() if module not in leaves}
+    assert below == {}
 
 
 def test_every_package_folder_is_listed_and_every_listed_one_exists():

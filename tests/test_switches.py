@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from toys import LearnerConfig, Toy, ToyParams, agents, at_home, make_learner
 
-from jaxrl_dist import doctor, envs, problem, recording, switches, training
-from jaxrl_dist.agent import ConfigurationError
-from jaxrl_dist.checkpointing import Checkpoints
-from jaxrl_dist.keys import is_key
+from jaxrl_dist import envs, switches
+from jaxrl_dist.configuration import ConfigurationError
+from jaxrl_dist.learning.keys import is_key
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import doctor, problem, training
+from jaxrl_dist.running.checkpointing import Checkpoints
 
 SMALL = {
     "num_envs": 2, "warmup_steps": 16, "replay_capacity": 64, "batch_size": 4, "hidden": (4,), "actor_hidden": (4,),

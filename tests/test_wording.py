@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrl_dist.catalog import algorithms, display_name
+from jaxrl_dist.running.catalog import algorithms, display_name
 from jaxrl_dist.wording import alternatives, counted, nearest
 
 OPTIONS = (

@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 from gymnax.environments import spaces
 
-from jaxrl_dist import cli, envs, experience, problem, runner, sweeps
-from jaxrl_dist.agent import Agent, Count, Positive, Real, configuration, continuous_action_size, require
-from jaxrl_dist.interaction import average
+from jaxrl_dist import cli, envs
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.configuration import Count, Positive, Real, configuration, require
+from jaxrl_dist.learning import experience
+from jaxrl_dist.learning.interaction import average
+from jaxrl_dist.learning.spaces import continuous_action_size
+from jaxrl_dist.running import problem, session
+from jaxrl_dist.studies import sweeps
 
 
 class ToyParams(NamedTuple):
@@ -134,13 +139,13 @@ def make_learner(config, env, env_params) -> Agent:
 
 def share_programs(monkeypatch) -> None:
     """Let studies with the same options share what is compiled, as the waves of one study do."""
-    make, made = runner.make_programs, {}
+    make, made = session.make_programs, {}
 
     def shared(one):
         key = (len(one.configurations), sweeps.static_fields(one.config), one.options.runs_mode)
         return made[key] if key in made else made.setdefault(key, make(one))
 
-    monkeypatch.setattr(runner, "make_programs", shared)
+    monkeypatch.setattr(session, "make_programs", shared)
 
 
 def run_with_devices(count: int, code: str) -> None:

@@ -41,24 +41,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist import experience, networks, portable
-from jaxrl_dist.agent import (
-    Agent,
-    Count,
-    Fraction,
-    NonNegative,
-    Positive,
-    Real,
-    check_replay,
-    configuration,
-    continuous_action_size,
-)
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import categorical
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.experience import Batch, Experience
-from jaxrl_dist.interaction import Average, average
-from jaxrl_dist.normalization import normalize
+from jaxrl_dist.learning import experience, networks, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 

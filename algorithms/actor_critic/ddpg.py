@@ -28,22 +28,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist import experience, networks, portable, returns
-from jaxrl_dist.agent import (
-    Agent,
-    Count,
-    Fraction,
-    NonNegative,
-    check_replay,
-    configuration,
-    continuous_action_size,
-    require,
-)
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.configuration import Count, Fraction, NonNegative, configuration, require
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.experience import Experience
-from jaxrl_dist.interaction import Average, Transition, average
-from jaxrl_dist.normalization import normalize
+from jaxrl_dist.learning import experience, networks, portable, returns
+from jaxrl_dist.learning.experience import Experience
+from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 

@@ -44,26 +44,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist import experience, networks, policies, portable, returns
-from jaxrl_dist.agent import (
-    Agent,
-    Count,
-    Fraction,
-    NonNegative,
-    Positive,
-    Real,
-    check_policy_delay,
-    check_replay,
-    configuration,
-    continuous_action_size,
-    require,
-)
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration, require
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.experience import Experience
-from jaxrl_dist.interaction import Average, Transition, average
-from jaxrl_dist.normalization import normalize
+from jaxrl_dist.learning import experience, networks, policies, portable, returns
+from jaxrl_dist.learning.experience import Experience
+from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.settings import check_policy_delay, check_replay
+from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 

@@ -43,12 +43,22 @@ import numpy as np
 import optax
 from rich.table import Table
 
-from jaxrl_dist import networks
-from jaxrl_dist.agent import Count, Fraction, Layers, Natural, NonNegative, Positive, Real, configuration, require
+from jaxrl_dist.configuration import (
+    Count,
+    Fraction,
+    Layers,
+    Natural,
+    NonNegative,
+    Positive,
+    Real,
+    configuration,
+    require,
+)
 from jaxrl_dist.distributional import categorical, metrics, quantile
 from jaxrl_dist.envs import comb_lock
 from jaxrl_dist.envs.comb_lock import CombLock, Transitions
-from jaxrl_dist.statistics import bootstrap_interval
+from jaxrl_dist.learning import networks
+from jaxrl_dist.records.statistics import bootstrap_interval
 
 LOG_STD_BOUNDS = (-5.0, 2.0)  # a component that sits on one sample would otherwise shrink without end
 TRUTH_SAMPLES = 100_000

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from jaxrl_dist import envs
-from jaxrl_dist.agent import Count, Fraction, Natural, Positive, Real, configuration, require
+from jaxrl_dist.configuration import Count, Fraction, Natural, Positive, Real, configuration, require
 from jaxrl_dist.distributional import categorical, metrics, tabular
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional.law import Law

@@ -37,16 +37,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import agent, cli
-from jaxrl_dist.agent import Count, Fraction, Natural, Positive
+from jaxrl_dist import cli
+from jaxrl_dist.configuration import Count, Fraction, Natural, Positive, configuration, require
 from jaxrl_dist.distributional import quantile, tabular
 from jaxrl_dist.distributional.tabular import MDP
-from jaxrl_dist.statistics import bootstrap_interval
+from jaxrl_dist.records.statistics import bootstrap_interval
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
-@agent.configuration
+@configuration
 class Config:
     """Settings of the comparison of TD and QTD. Floats can be swept within one compiled program."""
 
@@ -101,10 +101,8 @@ def _two_successors(rng: np.random.Generator, states: int) -> np.ndarray:
 
 def chain(transition: str, states: int, seed: int) -> MDP:
     """A chain, an MDP of one action, whose mean rewards are N(0, 1) per state. ValueError for an unknown transition."""
-    agent.require(
-        transition in TRANSITIONS, f"--transition is {transition!r}; it must be one of {', '.join(TRANSITIONS)}"
-    )
-    agent.require(
+    require(transition in TRANSITIONS, f"--transition is {transition!r}; it must be one of {', '.join(TRANSITIONS)}")
+    require(
         states >= 2 or transition != "sparse", f"--states is {states}; it must be at least 2 for --transition sparse"
     )
     rng = np.random.default_rng(seed)
@@ -237,9 +235,9 @@ class Sweep(NamedTuple):
 
 def compare(config: Config) -> dict[str, Sweep]:
     """Both methods on the same processes and transitions, over their grids of step sizes."""
-    agent.require(config.discount < 1, f"--discount is {config.discount}; it must be below 1: the chains never end")
-    agent.require(config.seeds >= 2, f"--seeds is {config.seeds}; it must be at least 2, for an interval")
-    agent.require(config.noise in NOISES, f"--noise is {config.noise!r}; it must be one of {', '.join(NOISES)}")
+    require(config.discount < 1, f"--discount is {config.discount}; it must be below 1: the chains never end")
+    require(config.seeds >= 2, f"--seeds is {config.seeds}; it must be at least 2, for an interval")
+    require(config.noise in NOISES, f"--noise is {config.noise!r}; it must be one of {', '.join(NOISES)}")
     numbers = config.first_seed + np.arange(config.seeds)
     chains = [chain(config.transition, config.states, int(number)) for number in numbers]
     mdps = jax.tree.map(lambda *fields: jnp.stack(fields), *chains)

@@ -34,8 +34,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import agent, cli, envs
-from jaxrl_dist.agent import Count, Fraction, Positive
+from jaxrl_dist import cli, envs
+from jaxrl_dist.configuration import Count, Fraction, Positive, configuration, require
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import tabular
 from jaxrl_dist.distributional.law import Law
@@ -45,7 +45,7 @@ from jaxrl_dist.distributional.tabular import MDP
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
-@agent.configuration
+@configuration
 class Config:
     """Settings of safe and risky control. Floats can be swept within one compiled program."""
 
@@ -216,7 +216,7 @@ def problem(name: str, rounds: int) -> tuple[MDP, int]:
 def solve(config: Config, console: Console) -> None:
     """Print Q*, the averages of each state's optimal actions, and the exact return laws of the three policies."""
     alpha = config.alpha
-    agent.require(0 < alpha < 1, f"--alpha is {alpha}; it must be strictly between 0 and 1")
+    require(0 < alpha < 1, f"--alpha is {alpha}; it must be strictly between 0 and 1")
     mdp, start = problem(config.problem, config.rounds)
     program = jax.jit(choose_all, static_argnames="iterations")
     values, found = program(mdp, config.discount, two_slices(alpha), config.tolerance, iterations=config.iterations)

@@ -36,14 +36,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist import envs, networks, statistics
-from jaxrl_dist.agent import Count, Fraction, Natural, Real, configuration, require
+from jaxrl_dist import envs
+from jaxrl_dist.configuration import Count, Fraction, Natural, Real, configuration, require
 from jaxrl_dist.distributional import law as law_of
 from jaxrl_dist.distributional import quantile
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.tabular import MDP
 from jaxrl_dist.envs import stock as stock_of
 from jaxrl_dist.envs.tabular import Tabular
+from jaxrl_dist.learning import networks
+from jaxrl_dist.records import statistics
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 

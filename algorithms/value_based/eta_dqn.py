@@ -41,24 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_dist import experience, networks, policies, portable
-from jaxrl_dist.agent import (
-    Agent,
-    Count,
-    Fraction,
-    Layers,
-    NonNegative,
-    Positive,
-    check_replay,
-    configuration,
-    discrete_action_count,
-    require,
-    require_environment,
-)
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, configuration, require
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.experience import Batch, Experience
-from jaxrl_dist.interaction import Average, average
+from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.spaces import discrete_action_count, require_environment
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 

@@ -44,23 +44,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist import experience, networks, policies, portable
-from jaxrl_dist.agent import (
-    Agent,
-    Count,
-    Fraction,
-    Layers,
-    NonNegative,
-    Positive,
-    check_replay,
-    configuration,
-    discrete_action_count,
-)
+from jaxrl_dist.agent import Agent
+from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, configuration
 from jaxrl_dist.distributional import quantile
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.experience import Batch, Experience
-from jaxrl_dist.interaction import Average, average
+from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.spaces import discrete_action_count
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 

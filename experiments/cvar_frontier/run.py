@@ -33,12 +33,12 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist import recording, statistics
 from jaxrl_dist.algorithms.dynamic_programming import stock_augmented
 from jaxrl_dist.algorithms.value_based import eta_dqn
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional import tabular
 from jaxrl_dist.envs import stock as stock_of
+from jaxrl_dist.records import recording, statistics
 
 HERE = Path(__file__).parent
 LEVELS = tuple(round(0.05 * k, 2) for k in range(2, 21))

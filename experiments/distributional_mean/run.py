@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist import catalog, plotting, statistics
+from jaxrl_dist.records import plotting, statistics
+from jaxrl_dist.running import catalog
 
 HERE = Path(__file__).parent
 CURVES = HERE.parent / "learning_curves"

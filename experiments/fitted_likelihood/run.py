@@ -37,9 +37,9 @@ from matplotlib.figure import Figure
 
 from jaxrl_dist.algorithms.dynamic_programming import fitted_likelihood as fle
 from jaxrl_dist.envs import comb_lock
-from jaxrl_dist.plotting import COLOURS, FAINT, GRID, INK
-from jaxrl_dist.recording import command_line, versions
-from jaxrl_dist.statistics import bootstrap_interval
+from jaxrl_dist.records.plotting import COLOURS, FAINT, GRID, INK
+from jaxrl_dist.records.recording import command_line, versions
+from jaxrl_dist.records.statistics import bootstrap_interval
 
 HERE = Path(__file__).parent
 # Step sizes, gradient steps and atoms: the baselines' are the official code's, but for 50 quantiles where it has 100.

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist.recording import command_line, versions
+from jaxrl_dist.records.recording import command_line, versions
 
 CASES = [("even", "mass"), ("learned", "equal"), ("learned", "mass")]  # of even steps both weights are the same
 

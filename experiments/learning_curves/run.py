@@ -19,7 +19,9 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist import cli, plotting, problem, recording, runner, statistics
+from jaxrl_dist import cli
+from jaxrl_dist.records import plotting, recording, statistics
+from jaxrl_dist.running import problem, session
 
 HERE = Path(__file__).parent
 
@@ -86,7 +88,7 @@ def main(
         )  # fmt: skip
         started = time.perf_counter()
         prepared = problem.prepare(algorithm, module.make_agent, module.Config(**overrides), options)
-        run_folder = runner.train(prepared)
+        run_folder = session.train(prepared)
         about = recording.read_config(run_folder)
         about["command"] = recording.command_line()
         about["wall_seconds"] = round(time.perf_counter() - started)

@@ -49,7 +49,7 @@ def main(algorithms: tuple[str, ...] = tuple(CASES), one: str = "", folder: str 
     if one:
         saving(one) if one in SAVERS else measure(one, Path(folder))
         return
-    from jaxrl_dist import recording
+    from jaxrl_dist.records import recording
 
     started = time.perf_counter()
     pd.DataFrame(map(child, SAVERS)).to_csv(out / "saving.csv", index=False)
@@ -111,7 +111,7 @@ def measure(algorithm: str, folder: Path) -> None:
     import jax
     from rich.console import Console
 
-    from jaxrl_dist import checkpointing, memory, problem, runner, training
+    from jaxrl_dist.running import checkpointing, memory, problem, session, training
 
     env_id, runs, rows, mode = CASES[algorithm]
     module = cli.find_algorithm(algorithm)
@@ -124,7 +124,7 @@ def measure(algorithm: str, folder: Path) -> None:
         checkpoint_keep=1, name="a", runs_folder=str(folder), runs_mode=mode, resume="latest" if begun else "",
     )  # fmt: skip
     one = problem.prepare(algorithm, module.make_agent, config, options)
-    programs = runner.make_programs(one)
+    programs = session.make_programs(one)
     peaks, seconds, left, predictions = {}, {}, {}, []
 
     def note_prediction(*_) -> None:
@@ -167,8 +167,8 @@ def measure(algorithm: str, folder: Path) -> None:
     for name in ("save", "load"):
         watched(checkpointing.Checkpoints, name)
     for name in ("_save_policies", "_draw_curve", "_draw_distribution"):
-        watched(runner._Session, name, "finish")
-    runner.train(one, Console(quiet=True), programs)
+        watched(session._Session, name, "finish")
+    session.train(one, Console(quiet=True), programs)
     report()
 
 
@@ -186,7 +186,7 @@ def saving(how: str) -> None:
 
     def write(folder: Path, tree: dict) -> None:
         if how == "blocks":
-            from jaxrl_dist.checkpointing import Checkpoints
+            from jaxrl_dist.running.checkpointing import Checkpoints
 
             Checkpoints(folder).save(1, tree)
             return

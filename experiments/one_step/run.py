@@ -32,12 +32,12 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jaxrl_dist import recording
 from jaxrl_dist.algorithms.dynamic_programming import one_step
 from jaxrl_dist.algorithms.dynamic_programming.one_step import Problem
 from jaxrl_dist.distributional import categorical, metrics, tabular
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.envs.tabular import garnet
+from jaxrl_dist.records import recording
 
 HERE = Path(__file__).parent
 DISCOUNT, POWER, MIXED_IN = 0.8, 0.7, 0.01

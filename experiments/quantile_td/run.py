@@ -37,9 +37,9 @@ from jaxrl_dist.algorithms.dynamic_programming.quantile_td import (
     compare,
     ratio_interval,
 )
-from jaxrl_dist.plotting import COLOURS, FAINT, GRID
-from jaxrl_dist.recording import command_line, versions
-from jaxrl_dist.statistics import bootstrap_interval
+from jaxrl_dist.records.plotting import COLOURS, FAINT, GRID
+from jaxrl_dist.records.recording import command_line, versions
+from jaxrl_dist.records.statistics import bootstrap_interval
 
 CELL = ["transition", "noise"]
 

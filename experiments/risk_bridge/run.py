@@ -25,10 +25,12 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from jaxrl_dist import cli, evaluation, recording, training
+from jaxrl_dist import cli
 from jaxrl_dist.agent import Agent
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import evaluation, training
 
 HERE = Path(__file__).parent
 RISKS = ("wang:0.75", "neutral", "cvar:0.5", "wang:-0.4", "cvar:0.25", "wang:-1")

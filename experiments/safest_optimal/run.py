@@ -49,8 +49,8 @@ from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.risk import conditional_value_at_risk
 from jaxrl_dist.envs.tabular import MOVES, Tabular
 from jaxrl_dist.envs.tabular import draw as draw_tabular
-from jaxrl_dist.plotting import COLOURS, FAINT, GRID
-from jaxrl_dist.recording import command_line, versions
+from jaxrl_dist.records.plotting import COLOURS, FAINT, GRID
+from jaxrl_dist.records.recording import command_line, versions
 
 LANES = ("road", "scree", "ledge")
 """Rows of the grid, from the top; the first and the last bend away from the middle and so take two steps more."""

@@ -17,7 +17,10 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from jaxrl_dist import cli, problem, recording, report, runner
+from jaxrl_dist import cli
+from jaxrl_dist.records import recording
+from jaxrl_dist.reports import write
+from jaxrl_dist.running import problem, session
 
 HERE = Path(__file__).parent
 AGENTS = ("dqn", "c51", "qr_dqn", "iqn")
@@ -68,12 +71,12 @@ def main(
                 eval_every=total_steps // 10, eval_episodes=20, plots=False,
                 name=f"study-{time.strftime('%Y-%m-%d_%H-%M-%S')}",
             )  # fmt: skip
-            run = runner.train(problem.prepare(agent, module.make_agent, module.Config(**settings), options), console)
+            run = session.train(problem.prepare(agent, module.make_agent, module.Config(**settings), options), console)
             about = recording.read_config(run) | {"command": recording.command_line()}
             (folder / f"{agent}.json").write_text(json.dumps(about, indent=2) + "\n")
             recording.read_evaluations(run).to_csv(folder / f"{agent}.csv", index=False)
             recording.read_metrics(run).to_csv(folder / "metrics" / f"{agent}.csv", index=False)
-    report.write(sorted(out.glob("*/*.json")), out / "report.html", HERE / "returns.json", console)
+    write.write(sorted(out.glob("*/*.json")), out / "report.html", HERE / "returns.json", console)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ import pandas as pd
 import tyro
 from run import advance_program, timed_loop  # beside this file
 
-from jaxrl_dist import cli, problem, recording, training
-from jaxrl_dist.checkpointing import bytes_to_write
+from jaxrl_dist import cli
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import problem, training
+from jaxrl_dist.running.checkpointing import bytes_to_write
 
 HERE = Path(__file__).parent
 CASES = {

@@ -30,8 +30,10 @@ import jax.numpy as jnp
 import pandas as pd
 import tyro
 
-from jaxrl_dist import cli, recording, training
+from jaxrl_dist import cli
 from jaxrl_dist.algorithms.actor_critic import d4pg, ddpg, dsac, dsac_t, sac, stac, td3, tqc
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import training
 
 HERE = Path(__file__).parent
 WIDE = (512, 512, 512)

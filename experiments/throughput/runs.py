@@ -21,7 +21,9 @@ import pandas as pd
 import tyro
 from run import advance_program, timed_loop  # beside this file
 
-from jaxrl_dist import cli, problem, recording, training
+from jaxrl_dist import cli
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import problem, training
 
 HERE = Path(__file__).parent
 CASES = {"tqc": "Pendulum-v1", "dqn": "CartPole-v1", "c51": "CartPole-v1", "qr_dqn": "CartPole-v1"}

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from jaxrl_dist import recording
 from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.records import recording
 
 HERE = Path(__file__).parent
 MINE = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")

@@ -27,8 +27,11 @@ import pandas as pd
 import tyro
 from run import advance_program, timed_loop  # beside this file
 
-from jaxrl_dist import cli, experience, problem, recording, replay, training
+from jaxrl_dist import cli
 from jaxrl_dist.distributional import categorical, mmd, quantile
+from jaxrl_dist.learning import experience, replay
+from jaxrl_dist.records import recording
+from jaxrl_dist.running import problem, training
 
 HERE = Path(__file__).parent
 ALGORITHMS = ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow")

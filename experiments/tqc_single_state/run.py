@@ -35,8 +35,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from jaxrl_dist.distributional.quantile import midpoints, quantile_huber_loss, truncate_pooled
-from jaxrl_dist.recording import command_line, versions
-from jaxrl_dist.statistics import bootstrap_interval
+from jaxrl_dist.records.recording import command_line, versions
+from jaxrl_dist.records.statistics import bootstrap_interval
 
 SETTINGS = {"AVG": (1, 3, 5, 10, 20, 50), "MIN": (2, 3, 4, 6, 8, 10), "TQC": (0, 1, 2, 3, 4, 5, 6, 7, 10, 13, 16)}
 WAVES = {"sin": np.sin, "cos": np.cos}  # two public transcriptions of the paper disagree on g, so both are run

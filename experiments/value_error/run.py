@@ -30,7 +30,9 @@ import pandas as pd
 import tyro
 from jax.sharding import PartitionSpec
 
-from jaxrl_dist import cli, evaluation, plotting, problem, recording, statistics, training
+from jaxrl_dist import cli
+from jaxrl_dist.records import plotting, recording, statistics
+from jaxrl_dist.running import evaluation, problem, training
 
 HERE = Path(__file__).parent
 METRICS = ("overestimation", "overestimation_spread", "calibration_w1", "coverage")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_dist.agent import ConfigurationError, as_float32
+from jaxrl_dist.configuration import ConfigurationError, as_float32
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.quantile import sort_atoms

@@ -13,8 +13,8 @@ import optax
 from flax import struct
 from gymnax.environments import environment, spaces
 
-from jaxrl_dist.experience import Batch
-from jaxrl_dist.interaction import Transition
+from jaxrl_dist.learning.experience import Batch
+from jaxrl_dist.learning.interaction import Transition
 
 # -- environments -----------------------------------------------------------------------------------------------------
 

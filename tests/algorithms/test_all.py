@@ -11,11 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_dist import envs, normalization, portable, returns, training
-from jaxrl_dist.agent import check_configuration
+from jaxrl_dist import envs
 from jaxrl_dist.algorithms.actor_critic import d4pg, ddpg, dsac, dsac_t, sac, stac, td3, tqc
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
+from jaxrl_dist.learning import normalization, portable, returns
+from jaxrl_dist.running import training
 
 ALGORITHMS = {
     "tqc": tqc, "sac": sac, "td3": td3, "ddpg": ddpg, "d4pg": d4pg, "dsac": dsac, "dsac_t": dsac_t, "stac": stac,

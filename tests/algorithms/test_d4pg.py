@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import d4pg
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import networks
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import ddpg
+from jaxrl_dist.configuration import check_configuration
+from jaxrl_dist.learning import networks
 
 
 def paper_config(**values) -> ddpg.Config:

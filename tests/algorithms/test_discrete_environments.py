@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from jaxrl_dist import envs
-from jaxrl_dist.agent import ConfigurationError
 from jaxrl_dist.algorithms.value_based import qr_dqn
+from jaxrl_dist.configuration import ConfigurationError
 
 CONFIG = qr_dqn.Config(
     num_envs=2, warmup_steps=8, replay_capacity=16, batch_size=4, hidden=(4,), num_quantiles=3, num_steps=2

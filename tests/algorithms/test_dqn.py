@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import experience, networks, training
 from jaxrl_dist.algorithms.value_based import dqn
-from jaxrl_dist.experience import Experience
-from jaxrl_dist.interaction import Interaction
-from jaxrl_dist.replay import Replay
+from jaxrl_dist.learning import experience, networks
+from jaxrl_dist.learning.experience import Experience
+from jaxrl_dist.learning.interaction import Interaction
+from jaxrl_dist.learning.replay import Replay
+from jaxrl_dist.running import training
 
 # -- targets and losses -----------------------------------------------------------------------------------------------
 

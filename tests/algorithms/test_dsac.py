@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import dsac
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import gaussian
 
 forward = functools.partial(by_hand.forward, activation="gelu")

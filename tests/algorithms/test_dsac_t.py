@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import dsac, dsac_t
+from jaxrl_dist.configuration import check_configuration
 
 forward = functools.partial(by_hand.forward, activation="gelu")
 backward = functools.partial(by_hand.backward, activation="gelu")

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import evaluation, interaction, portable, training
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.value_based import eta_dqn
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.envs import stock
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
+from jaxrl_dist.learning import interaction, portable
+from jaxrl_dist.running import evaluation, training
 
 UTILITIES = {
     "mean": lambda x: x, "shortfall": lambda x: np.minimum(x, 0), "surplus": lambda x: np.maximum(x, 0),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.dynamic_programming import one_step
 from jaxrl_dist.algorithms.dynamic_programming.one_step import Problem, Step
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import metrics, tabular
 from jaxrl_dist.distributional.law import Law

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import envs, training
+from jaxrl_dist import envs
 from jaxrl_dist.algorithms.dynamic_programming import one_step
 from jaxrl_dist.algorithms.value_based import c51, dqn, os_c51
 from jaxrl_dist.distributional import categorical, metrics, tabular
 from jaxrl_dist.distributional.law import Law
+from jaxrl_dist.running import training
 
 SUPPORT = jnp.arange(-2.0, 3.0)
 

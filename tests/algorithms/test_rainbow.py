@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_dist import experience, networks
 from jaxrl_dist.algorithms.value_based import c51, rainbow
-from jaxrl_dist.experience import Batch
+from jaxrl_dist.learning import experience, networks
+from jaxrl_dist.learning.experience import Batch
 
 SIZES = {"v_min": -2.0, "v_max": 3.0, "num_atoms": 6, "annealing_steps": 60}
 ALL_OFF = {"double": False, "dueling": False, "noisy": False, "priority_exponent": 0.0, "num_steps": 1}

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from jaxrl_dist import envs, training
+from jaxrl_dist import envs
 from jaxrl_dist.algorithms.actor_critic import sac
+from jaxrl_dist.running import training
 
 CAPACITY = 12_344  # no other array has this size
 

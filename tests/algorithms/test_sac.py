@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import policies
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import sac, td3
+from jaxrl_dist.configuration import check_configuration
+from jaxrl_dist.learning import policies
 
 
 def example_target(values=(3.0, 2.5), log_density=-1.5, temperature=0.2, **flags):

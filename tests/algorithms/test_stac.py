@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import stac
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import quantile
 

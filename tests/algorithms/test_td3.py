@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrl_dist import envs
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import ddpg, td3
+from jaxrl_dist.configuration import check_configuration
 
 
 def example_target(values=(3.0, 2.4), **flags):

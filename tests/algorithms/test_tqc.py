@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_dist.agent import check_configuration
 from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import risk as risks
 
 NEXT_ATOMS = jnp.array([[[1.0, 5, 3], [4, 8, 6]]])

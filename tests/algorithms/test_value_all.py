@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_dist import envs, portable, returns, training
-from jaxrl_dist.agent import check_configuration
+from jaxrl_dist import envs
 from jaxrl_dist.algorithms.value_based import c51, dqn, fqf, iqn, mmd_dqn, os_c51, qr_dqn, rainbow
+from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
+from jaxrl_dist.learning import portable, returns
+from jaxrl_dist.running import training
 
 ALGORITHMS = {
     "dqn": dqn, "c51": c51, "qr_dqn": qr_dqn, "mmd_dqn": mmd_dqn, "iqn": iqn, "fqf": fqf, "rainbow": rainbow,

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_dist.agent import ConfigurationError
+from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import quantile, risk
 from jaxrl_dist.distributional.law import Law

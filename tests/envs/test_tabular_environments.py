@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from jaxrl_dist import envs, interaction
+from jaxrl_dist import envs
 from jaxrl_dist.distributional import tabular as dp
 from jaxrl_dist.envs import tabular
 from jaxrl_dist.envs.check import check_env
+from jaxrl_dist.learning import interaction
 
 every_generator = pytest.mark.parametrize("env_id", tabular.GENERATORS)
 

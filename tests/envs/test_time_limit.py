@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from toy_environments import CountsByLimit, HidesLimit, Line, ShowsLimit, StartsByLimit
 
-from jaxrl_dist import evaluation, interaction
 from jaxrl_dist.envs import make
+from jaxrl_dist.learning import interaction
+from jaxrl_dist.running import evaluation
 
 SHOWING = [type(part, (ShowsLimit,), {"part": part})() for part in ("observation", "terminated")]
 

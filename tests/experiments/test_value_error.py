@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxrl_dist import envs, interaction
+from jaxrl_dist import envs
+from jaxrl_dist.learning import interaction
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "value_error"
 

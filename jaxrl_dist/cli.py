@@ -70,12 +70,12 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
         )
         hosts.join(options.distributed, options.num_processes, options.process_id, options.device)
         if options.distributed != "off":
-            options = dataclasses.replace(options, name=options.name or hosts.by_first(session.date_and_time))
+            options = dataclasses.replace(options, name=options.name or hosts.by_first(folders.date_and_time))
             hosts.watch(f"--name {options.name} --resume auto")
             console = Console(quiet=not hosts.is_first())
         # Any name does here, and asking the other processes for theirs would start JAX before --device is heeded.
-        somewhere = dataclasses.replace(options, name=options.name or session.date_and_time())
-        folders.require_run_folder(session.folder_of(algorithm, somewhere), options.runs_folder)
+        somewhere = dataclasses.replace(options, name=options.name or folders.date_and_time())
+        folders.require_run_folder(folders.folder_of(algorithm, somewhere), options.runs_folder)
         compile_cache.use(options.compile_cache, console)
         if preset:
             console.print(f"preset {preset_name} (--preset none for the defaults): {dict(preset)}")

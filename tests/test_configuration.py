@@ -22,7 +22,7 @@ from jaxrl_dist.configuration import (
     configuration,
     require,
 )
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size, discrete_action_count
 
 
@@ -215,11 +215,11 @@ def test_discrete_action_count_says_what_does_not_fit(env, message):
         ((100, 100, 100, 100), None),
     ],
 )
-def test_check_replay(sizes, message):
+def test_sizes_must_go_together(sizes, message):
     names = ("batch_size", "warmup_steps", "replay_capacity", "num_envs")
-    config = types.SimpleNamespace(**dict(zip(names, sizes, strict=True)))
+    config = Settings(**dict(zip(names, sizes, strict=True)))
     if message is None:
-        check_replay(config)
+        config.check()
     else:
         with pytest.raises(ConfigurationError, match=message):
-            check_replay(config)
+            config.check()

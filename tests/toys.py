@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from gymnax.environments import spaces
 
 from jaxrl_dist import cli, envs
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import Count, Positive, Real, configuration, require
 from jaxrl_dist.learning import experience
 from jaxrl_dist.learning.interaction import average
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 from jaxrl_dist.running import problem, session
 from jaxrl_dist.studies import sweeps
@@ -81,14 +82,15 @@ class Toy:
 
 
 @configuration
-class LearnerConfig:
+class LearnerConfig(Settings):
+    num_envs: Count = 2
+    warmup_steps: Count = 8
+    replay_capacity: Count = 64
+    batch_size: Count = 4
     push: Real = 0.0
     """where its actions begin"""
     learning_rate: Positive = 0.1
     width: Count = 1
-    warmup_steps: Count = 8
-    replay_capacity: Count = 64
-    num_envs: Count = 2
 
 
 class LearnerState(NamedTuple):
@@ -130,11 +132,8 @@ def make_learner(config, env, env_params) -> Agent:
         moved = state.weights + config.learning_rate * (batch.reward * batch.action[:, 0]).mean()
         return LearnerState(moved, lived, key), metrics | {"weight": average(moved)}
 
-    return Agent(
-        init, step, lambda state, observation, key: action(state.weights, observation), None, None,
-        lambda state: {"weights": state.weights},
-        warmup_steps=config.warmup_steps, steps_per_iteration=config.num_envs, updates_per_iteration=1,
-    )  # fmt: skip
+    policy = memoryless(lambda state, observation, key: action(state.weights, observation))
+    return Agent(init, step, policy, config.clock(), export=lambda state: {"weights": state.weights})
 
 
 def share_programs(monkeypatch) -> None:

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import categorical
 from jaxrl_dist.distributional import risk as risks
@@ -50,28 +50,19 @@ from jaxrl_dist.learning import experience, networks, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of D4PG; defaults from the authors' code. Floats can be swept within one compiled program."""
 
     num_envs: Count = 32
-    """environments stepped in parallel"""
-    steps_per_iteration: Count = 1
-    """steps of each environment between two rounds of updates"""
     updates_per_iteration: Count = 4
-    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 1_024
-    """environment steps with uniform random actions before the first update"""
-    replay_capacity: Count = 1_000_000
-    """transitions kept for sampling"""
-    batch_size: Count = 256
-    """windows of transitions per update"""
     num_steps: Count = 5
     """n, steps of reward in a target before it bootstraps"""
     normalize_observations: bool = False
@@ -193,14 +184,14 @@ def actor_loss(action: jax.Array, action_gradient: jax.Array, bound: float | jax
 def make_agent(config: Config, env, env_params) -> Agent:
     """D4PG on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     actor = Actor(config.actor_hidden, action_size)
     critic = Critic(config.critic_hidden, config.num_atoms)
     risk = risks.parse(config.risk)
     support = categorical.support(config.v_min, config.v_max, config.num_atoms)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
 
     def law_of(critic_parameters, observation, action) -> Law:
         return Law(support, jax.nn.softmax(critic.apply(critic_parameters, observation, action)))
@@ -261,7 +252,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_adam.init(actor_parameters), critic_adam.init(critic_parameters), jnp.int32(0),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
         )  # fmt: skip
         return State(learner, filled, key)
@@ -305,12 +296,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=config.num_envs * config.steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

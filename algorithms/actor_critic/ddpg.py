@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, configuration, require
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
@@ -36,28 +36,17 @@ from jaxrl_dist.learning import experience, networks, portable, returns
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of DDPG; defaults as retuned by the authors of TD3. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 1
-    """environments stepped in parallel"""
-    steps_per_iteration: Count = 1
-    """steps of each environment between two rounds of updates"""
-    updates_per_iteration: Count = 1
-    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 25_000
-    """environment steps with uniform random actions before the first update"""
-    replay_capacity: Count = 1_000_000
-    """transitions kept for sampling"""
-    batch_size: Count = 256
-    """transitions per update"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
 
@@ -182,7 +171,8 @@ def next_noise(config: Config, noise: jax.Array, key: jax.Array) -> jax.Array:
 def make_agent(config: Config, env, env_params) -> Agent:
     """DDPG on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     require(
         len(config.critic_hidden) >= 1 or not config.paper_networks,
         "--critic-hidden is empty; --paper-networks needs at least one hidden layer before the action enters",
@@ -194,7 +184,6 @@ def make_agent(config: Config, env, env_params) -> Agent:
     critic_adam = optax.chain(
         optax.add_decayed_weights(config.critic_weight_decay), optax.adam(config.critic_learning_rate)
     )
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
 
     def update(learner: Learner, batch: Transition) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critic and actor, and one of the targets towards their online networks."""
@@ -244,7 +233,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
         )  # fmt: skip
         return State(learner, filled, jnp.zeros((config.num_envs, action_size)), key)
@@ -286,13 +275,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=config.num_envs * config.steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-        learns_mean=True,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount, learns_mean=True)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

@@ -36,15 +36,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
-from jaxrl_dist.configuration import Bounds, Count, Fraction, NonNegative, Positive, Real, configuration
+from jaxrl_dist.agent import Agent, Claim, memoryless
+from jaxrl_dist.configuration import Bounds, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable, returns
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
@@ -54,21 +54,9 @@ DropoutRate = Annotated[float, Bounds(0, 0.9)]
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of STAC; the defaults are the paper's. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 1
-    """environments stepped in parallel"""
-    steps_per_iteration: Count = 1
-    """steps of each environment between two rounds of updates"""
-    updates_per_iteration: Count = 1
-    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
-    warmup_steps: Count = 10_000
-    """environment steps with uniform random actions before the first update"""
-    replay_capacity: Count = 1_000_000
-    """transitions kept for sampling"""
-    batch_size: Count = 256
-    """transitions per update"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
 
@@ -229,13 +217,13 @@ def next_log_temperature(
 def make_agent(config: Config, env, env_params) -> Agent:
     """STAC on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     actor = Actor(config.actor_hidden, action_size)
     critic = Critic(config.critic_hidden)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
 
     def sample_action(actor_parameters, observation, key):
         action_key, dropout_key = jax.random.split(key)
@@ -300,7 +288,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
         )  # fmt: skip
         return State(learner, filled, key)
@@ -343,12 +331,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             arrays |= {f"norm_{name}_{index}": x[None] for name, x in parameters[f"norm_{index}"].items()}
         return portable.mlp_policy(arrays, action_size, state.experience.normalizer)
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=config.num_envs * config.steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

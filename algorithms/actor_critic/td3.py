@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
@@ -40,28 +40,20 @@ from jaxrl_dist.learning import experience, networks, portable, returns
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
-from jaxrl_dist.learning.settings import check_policy_delay, check_replay
+from jaxrl_dist.learning.settings import Settings, check_policy_delay
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of TD3; the defaults are those of the authors' code. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 1
-    """environments stepped in parallel"""
     steps_per_iteration: Count = 2
-    """steps of each environment between two rounds of updates"""
     updates_per_iteration: Count = 2
     """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 25_000
-    """environment steps with uniform random actions before the first update"""
-    replay_capacity: Count = 1_000_000
-    """transitions kept for sampling"""
-    batch_size: Count = 256
-    """transitions per update"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
 
@@ -182,13 +174,13 @@ def actor_loss(values: jax.Array) -> jax.Array:
 def make_agent(config: Config, env, env_params) -> Agent:
     """TD3 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     check_policy_delay(config)
     actor = Actor(config.actor_hidden, action_size)
     critic = Critic(config.critic_hidden, config.num_critics)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
 
     def update_critic(learner: Learner, batch: Transition, noise: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critics."""
@@ -237,7 +229,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
         )  # fmt: skip
         return State(learner, filled, key)
@@ -288,13 +280,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=config.num_envs * config.steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-        learns_mean=True,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount, learns_mean=True)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, Natural, NonNegative, Positive, Real, configuration, require
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional import risk as risks
@@ -43,28 +43,16 @@ from jaxrl_dist.learning import experience, networks, policies, portable, return
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of TQC; the defaults are the paper's. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 1
-    """environments stepped in parallel"""
-    steps_per_iteration: Count = 1
-    """steps of each environment between two rounds of updates"""
-    updates_per_iteration: Count = 1
-    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
-    warmup_steps: Count = 10_000
-    """environment steps with uniform random actions before the first update"""
-    replay_capacity: Count = 1_000_000
-    """transitions kept for sampling"""
-    batch_size: Count = 256
-    """transitions per update"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
 
@@ -200,7 +188,8 @@ def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_
 def make_agent(config: Config, env, env_params) -> Agent:
     """TQC on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     action_size = continuous_action_size(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     require(
         config.quantiles_dropped < config.num_quantiles,
         f"--quantiles-dropped is {config.quantiles_dropped}; it must be below --num-quantiles = {config.num_quantiles}",
@@ -212,7 +201,6 @@ def make_agent(config: Config, env, env_params) -> Agent:
     critic_adam = optax.adam(config.critic_learning_rate)
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
 
     def sample_action(actor_parameters, observation, key):
         return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
@@ -274,7 +262,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             temperature_adam.init(log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
         )  # fmt: skip
         return State(learner, filled, key)
@@ -315,12 +303,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=config.num_envs * config.steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

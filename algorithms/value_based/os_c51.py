@@ -38,35 +38,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import categorical, law
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of OS-C51. Floats can be swept within one compiled program."""
 
     num_envs: Count = 8
-    """environments stepped in parallel"""
-    steps_per_iteration: Count = 1
-    """steps of each environment between two rounds of updates"""
     updates_per_iteration: Count = 2
-    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 5_000
-    """environment steps with uniform random actions before the first update"""
     replay_capacity: Count = 100_000
-    """transitions kept for sampling"""
     batch_size: Count = 64
-    """transitions per update"""
     num_steps: Count = 1
     """steps of reward in a target before it bootstraps"""
 
@@ -189,12 +182,11 @@ def loss_of(logits: jax.Array, target: jax.Array) -> jax.Array:
 def make_agent(config: Config, env, env_params) -> Agent:
     """OS-C51 on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     num_actions = discrete_action_count(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     network = Network(config.hidden, num_actions, config.num_atoms)
     support = categorical.support(config.v_min, config.v_max, config.num_atoms)
     adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
-    steps_per_iteration = config.num_envs * config.steps_per_iteration
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
@@ -226,10 +218,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
         learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=False,
         )  # fmt: skip
-        return State(learner, filled, jnp.int32(warmup_steps), key)
+        return State(learner, filled, jnp.int32(clock.warmup_steps), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
@@ -272,13 +264,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def export(state: State) -> dict[str, jax.Array]:
         return portable.greedy_policy(state.learner.network["params"], num_actions, support=support)
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-        learns_mean=True,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount, learns_mean=True)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import categorical
 from jaxrl_dist.distributional import risk as risks
@@ -46,28 +46,21 @@ from jaxrl_dist.learning import experience, networks, policies, portable, replay
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.replay import Priorities
-from jaxrl_dist.learning.settings import check_replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(Settings):
     """Settings of Rainbow. Floats can be swept within one compiled program."""
 
     num_envs: Count = 8
-    """environments stepped in parallel"""
-    steps_per_iteration: Count = 1
-    """steps of each environment between two rounds of updates"""
     updates_per_iteration: Count = 2
-    """updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 5_000
-    """environment steps with uniform random actions before the first update"""
     replay_capacity: Count = 100_000
-    """transitions kept for sampling"""
     batch_size: Count = 64
-    """transitions per update"""
     num_steps: Count = 3
     """steps of reward in a target before it bootstraps"""
 
@@ -213,13 +206,12 @@ def loss_of(logits: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[j
 def make_agent(config: Config, env, env_params) -> Agent:
     """Rainbow on one environment; called inside the trace, so that the floats of `config` may be tracers."""
     num_actions = discrete_action_count(env, env_params)
-    check_replay(config)
+    config.check()
+    clock = config.clock()
     network = Network(config.hidden, num_actions, config.num_atoms, config.dueling, config.initial_noise)
     risk = risks.parse(config.risk)
     support = categorical.support(config.v_min, config.v_max, config.num_atoms)
     adam = optax.adam(config.learning_rate, eps=config.adam_epsilon)
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
-    steps_per_iteration = config.num_envs * config.steps_per_iteration
 
     def logits_of(parameters: chex.ArrayTree, observation: jax.Array, key: jax.Array) -> jax.Array:
         return network.apply(parameters, observation, config.noisy, rngs={"noise": key})
@@ -259,10 +251,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)), False)
         learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=warmup_steps,
+            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=False,
         )  # fmt: skip
-        return State(learner, filled, replay.equal_priorities(filled.replay), jnp.int32(warmup_steps), key)
+        return State(learner, filled, replay.equal_priorities(filled.replay), jnp.int32(clock.warmup_steps), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
@@ -332,12 +324,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         parts = {"torso": parameters.get("torso", {}), "head": head}
         return portable.greedy_policy(parts, num_actions, support=support, **risks.tables(risk))
 
-    return Agent(
-        init, step, act, target_policy, predict, export,
-        warmup_steps=warmup_steps,
-        steps_per_iteration=steps_per_iteration,
-        updates_per_iteration=config.updates_per_iteration,
-    )  # fmt: skip
+    claim = Claim(target_policy, predict, config.discount)
+    return Agent(init, step, memoryless(act), clock, claim, export)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def trained(utility: str, num_seeds: int, total_steps: int) -> tuple[list, Calla
     inner = stock_of.gamble()
     env = stock_of.StockAugmented(inner, inner.default_params, 1.0, -9.0, 1.0)
     agent = eta_dqn.make_agent(config, env, env.default_params)
-    iterations = (total_steps - agent.warmup_steps) // agent.steps_per_iteration
+    iterations = (total_steps - agent.clock.warmup_steps) // agent.clock.env_steps
 
     @jax.jit
     @jax.vmap
@@ -205,11 +205,11 @@ def trained(utility: str, num_seeds: int, total_steps: int) -> tuple[list, Calla
 
     @jax.jit
     def act(state, states, at):
-        return agent.act(state, seen(states, at), jax.random.key(0))
+        return agent.policy.act(state, seen(states, at), (), jax.random.key(0))[0]
 
     @jax.jit
     def predict(state, states, at):
-        return agent.predict(state, seen(states, at), act(state, states, at)).atoms
+        return agent.claim.law(state, seen(states, at), act(state, states, at)).atoms
 
     final = train(jax.random.split(jax.random.key(0), num_seeds))
     return [jax.tree.map(lambda x, i=i: x[i], final) for i in range(num_seeds)], act, predict

@@ -77,7 +77,7 @@ def main(
                 module.make_agent, config, env, env_params, num_runs=num_seeds, eval_episodes=1
             )
             state = programs.begin(jax.random.split(jax.random.key(0), num_seeds))
-            iterations = training.iterations_for(programs.agent, total_steps)
+            iterations = programs.agent.clock.iterations(total_steps)
             for rate in LEARNING_RATES:  # floats are traced: the same program
                 programs.set_floats(dataclasses.replace(config, learning_rate=rate))
                 state = programs.advance(state, iterations // len(LEARNING_RATES))
@@ -104,7 +104,7 @@ def judged(agent: Agent, env, env_params, discount, episodes, state, key):
     lanes = len(env_params.slips)
     observations = jnp.eye(env.length * lanes)
     policy_key, episode_key = jax.random.split(key)
-    policy = agent.act(state, observations, policy_key).reshape(env.length, lanes)
+    policy = agent.policy.act(state, observations, (), policy_key)[0].reshape(env.length, lanes)
     # Every walk starts in the same state, so one "state" and its rollouts are the start and its episodes.
     found = evaluation.return_distributions(
         agent, env, env_params, state, episode_key,

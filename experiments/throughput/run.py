@@ -131,16 +131,16 @@ def measure_case(case: Case, env, env_params, repetitions: int, seconds: float) 
         pairs = [(update(), floor()) for _ in range(repetitions)]
         per_iteration = statistics.median(a for a, _ in pairs)
         # Per update and run: an iteration of TD3 holds two updates.
-        per_update = per_iteration / agent.updates_per_iteration / num_runs
+        per_update = per_iteration / agent.clock.updates / num_runs
         floor_ms = statistics.median(b for _, b in pairs)
         rows.append(
             {
                 "case": case.name, "runs": num_runs, "mode": mode, "devices": programs.num_devices,
                 "compile_s": round(compile_seconds, 1), "ms_per_update_and_run": round(per_update, 3),
                 "floor_ms": round(floor_ms, 3),
-                "ratio": round(statistics.median(a / agent.updates_per_iteration / num_runs / b for a, b in pairs), 2),
+                "ratio": round(statistics.median(a / agent.clock.updates / num_runs / b for a, b in pairs), 2),
                 "updates_per_s": round(1e3 / per_update),
-                "env_steps_per_s": round(1e3 / per_iteration * agent.steps_per_iteration * num_runs),
+                "env_steps_per_s": round(1e3 / per_iteration * agent.clock.env_steps * num_runs),
                 "program_memory_mib": round(memory / 2**20, 1),
             }
         )  # fmt: skip

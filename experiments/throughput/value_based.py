@@ -89,8 +89,8 @@ def measure(algorithm: str, module, config, env, env_params, repetitions: int, s
         row = {
             "algorithm": algorithm, "runs": num_runs, "mode": programs.runs_mode, "devices": programs.num_devices,
             "compile_s": round(compile_seconds, 1), "ms_per_iteration_and_run": round(iteration / num_runs, 3),
-            "env_steps_per_s": round(1e3 / iteration * agent.steps_per_iteration * num_runs),
-            "updates_per_s": round(1e3 / iteration * agent.updates_per_iteration * num_runs),
+            "env_steps_per_s": round(1e3 / iteration * agent.clock.env_steps * num_runs),
+            "updates_per_s": round(1e3 / iteration * agent.clock.updates * num_runs),
             "program_memory_mib": round(programs.memory_of_advance() / 2**20, 1),
         }  # fmt: skip
         for part in ("sampling", "distribution"):

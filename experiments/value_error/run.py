@@ -142,7 +142,7 @@ class Measure:
                 agent, env, endless, state, key, batch, discount=config.discount, rollouts=rollouts,
                 horizon=evaluation.horizon(config.discount),
             )  # fmt: skip
-            numbers = evaluation.calibration(found, learns_mean=agent.learns_mean)._asdict()
+            numbers = evaluation.calibration(found, learns_mean=agent.claim.learns_mean)._asdict()
             return numbers | {"true_value": found.monte_carlo.mean()}
 
         runs = PartitionSpec("runs")
@@ -154,7 +154,7 @@ class Measure:
 
     def run(self, total_steps: int, evaluations: int, snapshots: int) -> list[dict]:
         programs, rows = self.programs, []
-        iterations = training.iterations_for(programs.agent, total_steps) // (evaluations * snapshots)
+        iterations = programs.agent.clock.iterations(total_steps) // (evaluations * snapshots)
         training_state = programs.begin(jax.random.split(jax.random.key(0), self.seeds))
         seen, generator = [], np.random.default_rng(0)
         for point in range(1, evaluations + 1):
@@ -167,8 +167,8 @@ class Measure:
             found = jax.device_get(self.judge(programs.configs, training_state.state, batch, judge_keys))
             episodes = programs.evaluate(training_state, episode_keys)
             found["evaluation_return"] = np.asarray(episodes.episode_return).mean(1)
-            env_steps = programs.agent.warmup_steps + (
-                point * snapshots * iterations * programs.agent.steps_per_iteration
+            env_steps = programs.agent.clock.warmup_steps + (
+                point * snapshots * iterations * programs.agent.clock.env_steps
             )
             for seed in range(self.seeds):
                 row = {"seed": seed, "env_steps": env_steps}
@@ -193,7 +193,9 @@ def summarise(folder: Path, environment: str, reward_scale: float) -> None:
     for path in sorted(folder.glob("*.csv")):
         if path.stem != "summary":
             frame = pd.read_csv(path)
-            frames[cli.display_name(frame.agent.iloc[0])] = frame
+            label = frame.agent.iloc[0]
+            algorithm, _ = AGENTS[label]
+            frames[cli.display_name(algorithm) + label.removeprefix(algorithm)] = frame
     title = environment if reward_scale == 1 else f"{environment}, rewards times {reward_scale:g}"
     for metric in METRICS:
         # Errors fall by orders of magnitude; what remains at the end is what agents differ in.

@@ -2,22 +2,31 @@
 
 Environments follow gymnax 1.x's contract: `reset(key, params) -> (observation, state)` and
 `step(key, state, action, params) -> (observation, state, reward, terminated, truncated, info)`, which resets by itself
-and leaves the true successor in `info["final_observation"]`.
+and leaves the true successor in `info["final_observation"]`. What it leaves there under the names of `EXTRAS` goes with
+the transition; environments without pay nothing.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_dist.agent import nothing_to_remember
 from jaxrl_dist.learning.devices import split_rows
 from jaxrl_dist.learning.keys import is_key
 from jaxrl_dist.learning.spaces import spaces_of
 
+EXTRAS = ("rewards", "cost")
+"""What an environment may leave in `info` beside its reward: a vector of rewards, the cost of a constraint."""
+
 
 class Transition(NamedTuple):
-    """What one environment step leaves behind; `next_observation` is the true successor, never one after a reset."""
+    """What one environment step leaves behind; `next_observation` is the true successor, never one after a reset.
+
+    extras: those of `EXTRAS` that the environment has, by name, float32; () where it has none.
+    """
 
     observation: jax.Array
     action: jax.Array
@@ -25,17 +34,22 @@ class Transition(NamedTuple):
     next_observation: jax.Array
     terminated: jax.Array
     truncated: jax.Array
+    extras: Any = ()
 
 
 class Interaction(NamedTuple):
     """A batch of environments in mid-episode: their states, what the agent sees, the episodes' sums so far, and the
-    largest |reward| that each has given: learned values can be held against what rewards and discount allow."""
+    largest |reward| that each has given: learned values can be held against what rewards and discount allow.
+
+    memory: what the policy remembers of each (`Policy.start`), () for most.
+    """
 
     environment: Any
     observation: jax.Array
     episode_return: jax.Array
     episode_length: jax.Array
     largest_reward: jax.Array
+    memory: Any = ()
 
 
 class Average(NamedTuple):
@@ -52,20 +66,29 @@ def average(values: jax.Array, where: jax.Array | None = None) -> Average:
     return Average(jnp.where(where, values, 0).sum(), where.sum(dtype=jnp.float32))
 
 
-def start(env, env_params, key: jax.Array, num_envs: int) -> Interaction:
-    """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`."""
+def start(
+    env, env_params, key: jax.Array, num_envs: int, remember: Callable[[int], Any] = nothing_to_remember
+) -> Interaction:
+    """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`. remember: `Policy.start`."""
     observation, environment = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
     environment, observation = split_rows(strengthen((environment, observation)))
     sums = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs)
-    return Interaction(environment, observation, *sums)
+    return Interaction(environment, observation, *sums, remember(num_envs))
 
 
 def step(
-    env, env_params, interaction: Interaction, action: jax.Array, key: jax.Array
+    env,
+    env_params,
+    interaction: Interaction,
+    action: jax.Array,
+    key: jax.Array,
+    memory: Any = (),
+    remember: Callable[[int], Any] = nothing_to_remember,
 ) -> tuple[Interaction, Transition, dict[str, Average]]:
     """One step of every environment: action `[num_envs, *action]` -> transition with leaves `[num_envs, ...]`.
 
-    The metrics hold return and length of the episodes that ended with this step.
+    memory: what the policy remembers after it chose the action; where the episode ends with this step, `remember` (the
+    policy's `start`) begins another. The metrics hold return and length of the episodes that ended with this step.
     """
     num_envs = interaction.episode_return.shape[0]
     observation, environment, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
@@ -78,7 +101,8 @@ def step(
     reward = jnp.asarray(reward, jnp.float32)
     terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
     successor = info["final_observation"].astype(interaction.observation.dtype)
-    transition = Transition(interaction.observation, action, reward, successor, terminated, truncated)
+    extras = {name: jnp.asarray(info[name], jnp.float32) for name in EXTRAS if name in info} or ()
+    transition = Transition(interaction.observation, action, reward, successor, terminated, truncated, extras)
     chex.assert_shape([reward, terminated, truncated], (num_envs,))
     chex.assert_equal_shape([successor, observation])
 
@@ -89,8 +113,14 @@ def step(
     following = Interaction(
         environment, observation, jnp.where(done, 0, episode_return), jnp.where(done, 0, episode_length),
         jnp.maximum(interaction.largest_reward, jnp.abs(reward)),
+        jax.tree.map(lambda old, new: where(done, new, old), memory, remember(num_envs)),
     )  # fmt: skip
     return following, transition, metrics
+
+
+def where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Rows of `new` where the condition `[num_envs]` holds, else of `old`: `[num_envs, ...]`."""
+    return jnp.where(condition.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
 
 def random_action(env, env_params, key: jax.Array, num_envs: int) -> jax.Array:

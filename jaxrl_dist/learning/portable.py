@@ -141,22 +141,32 @@ def export_program(
     bounds are given, else indices. `observation` is one observation, or its `ShapeDtypeStruct`; `state` is that of one
     run, and what the policy does not read of it, such as the replay, is not in the program. Whoever loads the program
     executes it, so it is for people who trust its source.
+
+    Of a policy that remembers, the program maps (observations, memory) to (actions, memory), where the memory is a list
+    of arrays `[batch, ...]`: zeros at the start of an episode where `Policy.start` makes zeros.
     """
     import jax
     import jax.numpy as jnp
     from jax import export
 
-    def policy(observations: jax.Array) -> jax.Array:
-        # Evaluation policies are deterministic and leave the key alone, which the program's user need not give.
-        action = agent.act(state, observations, jax.random.key(0))
+    def in_units(action: jax.Array) -> jax.Array:
         if action_low is None:
             return action
         centre, half_range = (action_low + action_high) / 2, (action_high - action_low) / 2
         return jnp.clip(centre + half_range * action, action_low, action_high)
 
+    begun = jax.eval_shape(lambda: agent.policy.start(1))
+
+    def policy(observations: jax.Array, memory: list[jax.Array] = ()) -> Any:
+        # Evaluation policies are deterministic and leave the key alone, which the program's user need not give.
+        memory = jax.tree.unflatten(jax.tree.structure(begun), memory)
+        action, memory = agent.policy.act(state, observations, memory, jax.random.key(0))
+        return (in_units(action), jax.tree.leaves(memory)) if jax.tree.leaves(begun) else in_units(action)
+
     batch = export.symbolic_shape("batch")
     like = jax.ShapeDtypeStruct((*batch, *observation.shape), observation.dtype)
-    return bytes(export.export(jax.jit(policy), platforms=PLATFORMS)(like).serialize())
+    memory = [jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype) for x in jax.tree.leaves(begun)]
+    return bytes(export.export(jax.jit(policy), platforms=PLATFORMS)(like, *[memory] * bool(memory)).serialize())
 
 
 def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,30 +1,63 @@
-"""What must hold between the sizes of replay-based algorithms, before anything compiles."""
+"""Settings that all replay-based algorithms have, with the relations between them."""
 
-from jaxrl_dist.configuration import LARGEST, option, require
+import dataclasses
+
+from jaxrl_dist.agent import Clock
+from jaxrl_dist.configuration import LARGEST, Count, configuration, option, require
 
 
-def check_replay(config) -> None:
-    """The relations between sizes that every replay-based algorithm needs, before anything compiles."""
-    rows = {"replay_capacity": config.replay_capacity, "num_envs": config.num_envs * getattr(config, "num_steps", 1)}
-    for name, count in rows.items():
+@configuration
+class Settings:
+    """How an algorithm meets its environments and its replay; the first fields of its `Config`."""
+
+    num_envs: Count = 1
+    """environments stepped in parallel"""
+    steps_per_iteration: Count = 1
+    """steps of each environment between two rounds of updates"""
+    updates_per_iteration: Count = 1
+    """gradient updates per round; updates / (num_envs * steps) is the update-to-data ratio"""
+    warmup_steps: Count = 10_000
+    """environment steps with uniform random actions before the first update"""
+    replay_capacity: Count = 1_000_000
+    """transitions kept for sampling"""
+    batch_size: Count = 256
+    """transitions per update, or windows of them"""
+
+    def clock(self) -> Clock:
+        """Updates and environment steps of an iteration, and those of the warm-up in whole rounds."""
+        warmup_steps = -(-self.warmup_steps // self.num_envs) * self.num_envs
+        return Clock(self.updates_per_iteration, self.num_envs * self.steps_per_iteration, warmup_steps)
+
+    def fitted(self, total_steps: int) -> "Settings":
+        """The same with no more room in the replay than `total_steps` environment steps fill: a ring that never wraps
+        holds the same rows at any larger size."""
+        clock = self.clock()
+        iterations = max(0, -(-(total_steps - clock.warmup_steps) // clock.env_steps))
+        needed = clock.env_steps_at(iterations)
+        return self if self.replay_capacity <= needed else dataclasses.replace(self, replay_capacity=needed)
+
+    def check(self) -> None:
+        """Raise ConfigurationError where sizes do not go together, before anything compiles."""
+        rows = {"replay_capacity": self.replay_capacity, "num_envs": self.num_envs * getattr(self, "num_steps", 1)}
+        for name, count in rows.items():
+            require(
+                count <= LARGEST // 2,
+                f"{option(name)} is {getattr(self, name)}, {count} rows; at most {LARGEST // 2}, since rows are "
+                "numbered in int32 and their numbers added",
+            )
         require(
-            count <= LARGEST // 2,
-            f"{option(name)} is {getattr(config, name)}, {count} rows; at most {LARGEST // 2}, since rows are "
-            "numbered in int32 and their numbers added",
+            self.batch_size <= self.warmup_steps,
+            f"--batch-size is {self.batch_size}; it must be at most --warmup-steps = {self.warmup_steps}, "
+            "so that the first batch holds rows that were written",
         )
-    require(
-        config.batch_size <= config.warmup_steps,
-        f"--batch-size is {config.batch_size}; it must be at most --warmup-steps = {config.warmup_steps}, "
-        "so that the first batch holds rows that were written",
-    )
-    require(
-        config.warmup_steps <= config.replay_capacity,
-        f"--replay-capacity is {config.replay_capacity}; it must be at least --warmup-steps = {config.warmup_steps}",
-    )
-    require(
-        config.num_envs <= config.warmup_steps,
-        f"--num-envs is {config.num_envs}; it must be at most --warmup-steps = {config.warmup_steps}",
-    )
+        require(
+            self.warmup_steps <= self.replay_capacity,
+            f"--replay-capacity is {self.replay_capacity}; it must be at least --warmup-steps = {self.warmup_steps}",
+        )
+        require(
+            self.num_envs <= self.warmup_steps,
+            f"--num-envs is {self.num_envs}; it must be at most --warmup-steps = {self.warmup_steps}",
+        )
 
 
 def check_policy_delay(config) -> None:

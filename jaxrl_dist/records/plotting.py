@@ -44,7 +44,8 @@ def learning_curve(
     if not frames:
         raise ValueError("frames is empty: there is nothing to draw")
     diverged = diverged or {label: recording.divergences(frame) for label, frame in frames.items()}
-    curves = {label: _by_seed(label, frame, metric, diverged[label]) for label, frame in frames.items()}
+    axis = {label: recording.axis_of(frame) for label, frame in frames.items()}
+    curves = {label: _by_seed(label, frame, metric, axis[label], diverged[label]) for label, frame in frames.items()}
     figure = _figure(width=7.2, height=4.3)
     axes = figure.subplots()
     _style(axes)
@@ -64,20 +65,21 @@ def learning_curve(
         axes.fill_between(steps, *intervals.T, color=colour, alpha=0.2, linewidth=0, zorder=1)
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, centre, dashes, color=colour, linewidth=2.2, marker=marker, zorder=3, solid_capstyle="round")
-        for broken in diverged[label].itertuples():
+        for broken in diverged[label].rename(columns={axis[label]: "step"}).itertuples():
             line = returns[broken.seed].dropna() if broken.seed in returns else ()
             on_line = len(line) > 0  # a seed without any value has its cross on the axis
             axes.plot(
-                broken.env_steps, np.interp(broken.env_steps, line.index, line) if on_line else 0, "x", color=colour,
+                broken.step, np.interp(broken.step, line.index, line) if on_line else 0, "x", color=colour,
                 markersize=8, markeredgewidth=2, zorder=4, clip_on=False,
                 transform=axes.transData if on_line else axes.get_xaxis_transform(),
             )  # fmt: skip
         if len(steps):
             ends.append((steps[-1], centre[-1], label, colour))
     last = [x for curve in curves.values() for x in curve.index[-1:]]
-    axes.set_xlim(0, max(1, *last, *(x for broken in diverged.values() for x in broken.env_steps)))
+    axes.set_xlim(0, max(1, *last, *(x for label, broken in diverged.items() for x in broken[axis[label]])))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("environment steps")
+    names = {"env_steps": "environment steps", "updates": "updates"}
+    axes.set_xlabel(" or ".join(name for column, name in names.items() if column in axis.values()))
     axes.set_ylabel(metric.replace("_", " "))
     if linear_up_to is not None:
         axes.set_yscale("symlog", linthresh=linear_up_to)
@@ -176,7 +178,7 @@ def ranking(
     colours = [COLOURS[0]] * len(shown)
     if "rung" in shown:
         colours = [COLOURS[(table.rung.max() - rung) % len(COLOURS)] for rung in shown.rung]
-        stopped = map(EngFormatter(sep="").format_data, shown.env_steps)
+        stopped = map(EngFormatter(sep="").format_data, shown["env_steps" if "env_steps" in shown else "updates"])
         labels = [f"{label}  ({steps} steps)" for label, steps in zip(labels, stopped, strict=True)]
     broken = _diverged(shown)
     labels = [
@@ -246,21 +248,22 @@ def _diverged(table: pd.DataFrame) -> np.ndarray:
     return table.get("diverged", pd.Series(0, table.index)).to_numpy()
 
 
-def _by_seed(label: str, frame: pd.DataFrame, metric: str, diverged: pd.DataFrame) -> pd.DataFrame:
-    """The metric as `[env_steps, seeds]`, NaN where it is not finite, log points without any value left out."""
+def _by_seed(label: str, frame: pd.DataFrame, metric: str, axis: str, diverged: pd.DataFrame) -> pd.DataFrame:
+    """The metric as `[steps, seeds]`, NaN where it is not finite, log points without any value left out; axis:
+    `recording.axis_of`."""
     if metric not in frame or not pd.api.types.is_numeric_dtype(frame[metric]):
         numeric = list(frame.select_dtypes("number").columns)
         raise ValueError(f"run {label!r} has no metric {metric!r}, but {numeric}")
-    rows = frame[["env_steps", "seed", metric]]
+    rows = frame[[axis, "seed", metric]]
     rows = rows[np.isfinite(rows[metric])]
     if rows.empty and diverged.empty:
         raise ValueError(f"run {label!r} has no value of {metric!r} yet")
     if "configuration" in frame:
         raise ValueError(f"run {label!r} is a wave of a study, with several configurations; plot the study's folder")
-    if rows.duplicated(["env_steps", "seed"]).any():
-        twice = rows[rows.duplicated(["env_steps", "seed"])].iloc[0]
-        raise ValueError(f"run {label!r} has seed {twice.seed:.0f} twice at env step {twice.env_steps:.0f}")
-    return rows.pivot(index="env_steps", columns="seed", values=metric).sort_index()
+    if rows.duplicated([axis, "seed"]).any():
+        twice = rows[rows.duplicated([axis, "seed"])].iloc[0]
+        raise ValueError(f"run {label!r} has seed {twice.seed:.0f} twice at {axis} {twice[axis]:.0f}")
+    return rows.pivot(index=axis, columns="seed", values=metric).sort_index()
 
 
 def _figure(width: float, height: float) -> Figure:

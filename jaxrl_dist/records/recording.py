@@ -123,8 +123,8 @@ class Recorder:
                 dir=str(self.folder),
                 config=read_json(self.folder / "config.json") if (self.folder / "config.json").exists() else None,
             )
-        step_of = lambda row: int(row["env_steps"])  # noqa: E731
-        for env_steps, group in itertools.groupby(sorted(rows, key=step_of), key=step_of):  # wandb never goes back
+        step_of = lambda row: int(row["env_steps"] or row.get("updates", 0))  # noqa: E731 without env steps: updates
+        for step, group in itertools.groupby(sorted(rows, key=step_of), key=step_of):  # wandb never goes back
             scalars = {
                 f"{run_name(row, '/')}/{column}": float(value)
                 for row in group
@@ -133,10 +133,10 @@ class Recorder:
             }
             if self._tensorboard_writer:
                 for tag, value in scalars.items():
-                    self._tensorboard_writer.add_scalar(tag, value, env_steps)
+                    self._tensorboard_writer.add_scalar(tag, value, step)
                 self._tensorboard_writer.flush()
             if self._wandb_run:
-                self._wandb_run.log(scalars, step=env_steps)
+                self._wandb_run.log(scalars, step=step)
 
 
 def require_packages(*, tensorboard: bool, wandb_project: str) -> None:
@@ -250,19 +250,31 @@ def read_evaluations(folder: Path) -> pd.DataFrame:
     return tables.read(_existing(Path(folder), "evaluations.csv"), EPISODE_COLUMNS)
 
 
-def divergences(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The runs of `read_metrics` that diverged, a row each: (configuration,) seed, iteration, env_steps, metric.
+def axis_of(table: pd.DataFrame) -> str:
+    """The column that says where a run stands: env_steps, or updates where some iterations take no steps."""
+    if not {"iteration", "updates"} <= {*table} or table.empty:
+        return "env_steps"
+    lane = [column for column in ("configuration", "seed") if column in table]
+    first = table[(table[lane] == table[lane].iloc[0]).all(axis=1)]
+    points = first[["iteration", "env_steps"]].drop_duplicates()
+    return "updates" if points.env_steps.duplicated().any() else "env_steps"
 
-    env_steps are those of the iteration, between log points by interpolation. No rows where nobody diverged, and for
-    tables without the columns, which are older than they.
+
+def divergences(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `read_metrics` that diverged, a row each: (configuration,) seed, iteration, the column of `axis_of`,
+    metric.
+
+    Env steps (or updates) are those of the iteration, between log points by interpolation. No rows where nobody
+    diverged, and for tables without the columns, which are older than they.
     """
+    axis = axis_of(metrics)
     lane = [column for column in ("configuration", "seed") if column in metrics]
     if "diverged_at" not in metrics or metrics.diverged_at.isna().all():
-        return pd.DataFrame(columns=[*lane, "iteration", "env_steps", "metric"])
+        return pd.DataFrame(columns=[*lane, "iteration", axis, "metric"])
     rows = metrics[metrics.diverged_at.notna()].drop_duplicates(lane)
-    known = metrics[["iteration", "env_steps"]].dropna().drop_duplicates("iteration").sort_values("iteration")
-    steps = np.interp(rows.diverged_at, known.iteration, known.env_steps)
-    found = rows[lane].assign(iteration=rows.diverged_at.astype(int), env_steps=steps.round().astype(int))
+    known = metrics[["iteration", axis]].dropna().drop_duplicates("iteration").sort_values("iteration")
+    steps = np.interp(rows.diverged_at, known.iteration, known[axis])
+    found = rows[lane].assign(iteration=rows.diverged_at.astype(int), **{axis: steps.round().astype(int)})
     return found.assign(metric=rows.get("diverged_metric", "")).reset_index(drop=True)
 
 

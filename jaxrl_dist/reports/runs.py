@@ -149,6 +149,8 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
     name = str(Path(*path.parts[-3:]))
     said = [str(each.message).replace(str(path), name) for each in caught if each.category is UserWarning]
     environment = " ".join([about["options"]["env_id"], *map(str, about["options"].get("env_options") or ())])
+    unit = recording.axis_of(episodes)
+    episodes = episodes.assign(env_steps=episodes[unit])  # where a run stands, for all that follows
     seeds, last_step = sorted(episodes.seed.unique().tolist()), int(episodes.env_steps.max())
 
     finite = np.isfinite(episodes.episode_return)
@@ -162,7 +164,9 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
     counts = episodes.groupby(["env_steps", "seed"]).size()
     expected = episodes.env_steps.nunique() * episodes.seed.nunique()
     if len(counts) < expected:
-        said.append(f"{name}: {expected - len(counts)} of {expected} evaluations (env steps x seeds) are missing")
+        said.append(
+            f"{name}: {expected - len(counts)} of {expected} evaluations ({unit.replace('_', ' ')} x seeds) are missing"
+        )
     if counts.min() < counts.max():
         said.append(f"{name}: evaluations have from {counts.min()} to {counts.max()} episodes")
     if metrics is not None:
@@ -171,7 +175,7 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
             said.append(f"{name}: metrics are not finite: {', '.join(infinite)}")
     total = about["options"].get("total_steps")
     if isinstance(total, int) and last_step < total:
-        said.append(f"{name}: the last evaluation is at {last_step:,} of {total:,} env steps")
+        said.append(f"{name}: the last evaluation is at {last_step:,} of {total:,} {unit.replace('_', ' ')}")
     run = Run(name, about["algorithm"], environment, about, episodes, metrics, seeds, last_step, ())
     if len(run.diverged):
         first = [f"{row.seed} ({row.metric} at iteration {row.iteration:,})" for row in run.diverged.itertuples()]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.metrics import wasserstein_1
@@ -25,10 +25,14 @@ LIMIT_HAS_ANOTHER_MEANING = "its observations, rewards or terminations depend on
 
 
 class Episodes(NamedTuple):
-    """Undiscounted raw return and length of the first episode of each environment, `[episodes]`."""
+    """Undiscounted raw return and length of the first episode of each environment, `[episodes]`.
+
+    extras: undiscounted sums of what the environment's transitions carry beside the reward, `[episodes, ...]` by name.
+    """
 
     episode_return: jax.Array
     episode_length: jax.Array
+    extras: Any = ()
 
 
 class ReturnDistributions(NamedTuple):
@@ -62,7 +66,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(found: ReturnDistributions, *, learns_mean: bool = False) -> Calibration:
-    """The numbers of a comparison, all NaN where anything in it is not finite. learns_mean: `Agent.learns_mean`."""
+    """The numbers of a comparison, all NaN where anything in it is not finite. learns_mean: `Claim.learns_mean`."""
     predicted, returns, missing = found
     error = law.mean(predicted) - returns.mean(-1)
     numbers = Calibration(
@@ -130,8 +134,10 @@ def limited_because(env, env_params) -> str:
     return LIMIT_HAS_ANOTHER_MEANING if used[0] else ""
 
 
-def no_calibration(env, env_params) -> str:
+def no_calibration(agent: Agent, env, env_params) -> str:
     """Why returns are not compared, for the user."""
+    if agent.claim is None:
+        return "the algorithm claims nothing about returns"
     return (
         f"the environment's time limit cannot be lifted ({limited_because(env, env_params)}), and Monte-Carlo returns "
         "cut by it are not what the critic predicts"
@@ -161,6 +167,16 @@ def episode_limit(env_params, fallback: int = 0) -> int:
     return limit
 
 
+def columns(extras: Any) -> dict[str, Any]:
+    """`Episodes.extras` with leading axes `[runs, episodes]`, a vector as one column for each component."""
+    found = {}
+    for name, values in (extras or {}).items():
+        parts = values.reshape(*values.shape[:2], -1)
+        single = values.ndim == 2
+        found |= {name if single else f"{name}_{i}": parts[..., i] for i in range(parts.shape[-1])}
+    return found
+
+
 def evaluate(agent: Agent, env, env_params, state, key: jax.Array, *, episodes: int, max_steps: int) -> Episodes:
     """Run the evaluation policy for one episode in each of `episodes` freshly reset environments.
 
@@ -168,9 +184,15 @@ def evaluate(agent: Agent, env, env_params, state, key: jax.Array, *, episodes: 
     so short episodes are not over-represented. Episodes still running after `max_steps` count as they stand.
     """
     start_key, loop_key = jax.random.split(key)
-    batch = interaction.start(env, env_params, start_key, episodes)
+    policy = agent.policy
+    if agent.adapt:
+        start_key, adapt_key = jax.random.split(start_key)
+        state = agent.adapt(state, env_params, adapt_key)
+    batch = interaction.start(env, env_params, start_key, episodes, policy.start)
     running = jnp.ones(episodes, bool)
-    totals = Episodes(jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32))
+    extras = interaction.transition_like(env, env_params).extras
+    nothing = jax.tree.map(lambda x: jnp.zeros((episodes, *x.shape), x.dtype), extras)
+    totals = Episodes(jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32), nothing)
 
     def keep_going(carry):
         time, _, running, _ = carry
@@ -179,30 +201,30 @@ def evaluate(agent: Agent, env, env_params, state, key: jax.Array, *, episodes: 
     def advance(carry):
         time, batch, running, totals = carry
         act_key, step_key = jax.random.split(jax.random.fold_in(loop_key, time))
-        action = agent.act(state, batch.observation, act_key)
-        batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
+        action, memory = policy.act(state, batch.observation, batch.memory, act_key)
+        batch, transition, _ = interaction.step(env, env_params, batch, action, step_key, memory, policy.start)
         totals = Episodes(
-            totals.episode_return + jnp.where(running, transition.reward, 0), totals.episode_length + running
-        )
+            totals.episode_return + jnp.where(running, transition.reward, 0), totals.episode_length + running,
+            jax.tree.map(lambda x, sum: interaction.where(running, sum + x, sum), transition.extras, totals.extras),
+        )  # fmt: skip
         return time + 1, batch, running & ~(transition.terminated | transition.truncated), totals
 
     return jax.lax.while_loop(keep_going, advance, (jnp.int32(0), batch, running, totals))[-1]
 
 
 def return_distributions(
-    agent: Agent,
+    claim: Claim,
     env,
     env_params,
     state,
     key: jax.Array,
     *,
-    discount: float | jax.Array,
     states: int,
     rollouts: int,
     horizon: int | jax.Array,
     spread: int,
 ) -> ReturnDistributions:
-    """`return_distributions_from` states that are reached by following the target policy for 0 to `spread` steps.
+    """`return_distributions_from` states that are reached by following the claim's policy for 0 to `spread` steps.
 
     Starts are fresh. Give `env_params` whose time limit lies beyond spread + horizon.
     """
@@ -212,33 +234,33 @@ def return_distributions(
     stop_at = jnp.arange(states) * spread // states
 
     def wander(time, batch):
-        moved, _ = _follow(agent, env, env_params, state, batch, jax.random.fold_in(spread_key, time))
-        return jax.tree.map(lambda new, old: _where(time < stop_at, new, old), moved, batch)
+        moved, _ = _follow(claim, env, env_params, state, batch, jax.random.fold_in(spread_key, time))
+        return jax.tree.map(lambda new, old: interaction.where(time < stop_at, new, old), moved, batch)
 
     batch = jax.lax.fori_loop(0, spread, wander, batch)
     return return_distributions_from(
-        agent, env, env_params, state, compare_key, batch, discount=discount, rollouts=rollouts, horizon=horizon
+        claim, env, env_params, state, compare_key, batch, rollouts=rollouts, horizon=horizon
     )
 
 
 def return_distributions_from(
-    agent: Agent,
+    claim: Claim,
     env,
     env_params,
     state,
     key: jax.Array,
     batch: Interaction,
     *,
-    discount: float | jax.Array,
     rollouts: int,
     horizon: int | jax.Array,
 ) -> ReturnDistributions:
     """Learned return laws against Monte-Carlo returns of the same policy from the same states and first actions.
 
     Each state of the environments in `batch` is cloned `rollouts` times; the clones take the same first action and then
-    follow the target policy, whose return the critic learns. A soft critic's return holds the entropy bonus of every
+    follow the claim's policy. A soft critic's return holds the entropy bonus of every
     step but the first, and so does the Monte-Carlo one. Give `env_params` whose time limit is out of reach, since a
-    critic that bootstraps at time limits predicts the return of the task without one.
+    critic that bootstraps at time limits predicts the return of the task without one. Where the claim is about states
+    (`Claim.of_states`) every clone draws a first action of its own, whose bonus counts.
 
     A rollout that has not ended `horizon` steps after the first goes on for ever with its mean reward since half of
     them: exact for steady rewards, and, with the choice of `horizon`, of the right mean and about the right variance
@@ -247,14 +269,19 @@ def return_distributions_from(
     discount 1 there is no estimate, and nothing is added.
     """
     action_key, rollout_key = jax.random.split(key)
-    first_action, _ = agent.target_policy(state, batch.observation, action_key)
-    predicted = agent.predict(state, batch.observation, first_action)
-
     clones = jax.tree.map(lambda x: jnp.repeat(x, rollouts, axis=0), batch)
     first_key, rest_key = jax.random.split(rollout_key)
-    clones, first, _ = interaction.step(env, env_params, clones, jnp.repeat(first_action, rollouts, axis=0), first_key)
+    if claim.of_states:
+        first_action, first_bonus = claim.policy(state, clones.observation, action_key)
+        predicted = claim.law(state, batch.observation, first_action[::rollouts])
+    else:
+        action, _ = claim.policy(state, batch.observation, action_key)
+        predicted = claim.law(state, batch.observation, action)
+        first_action, first_bonus = jnp.repeat(action, rollouts, axis=0), 0
+    clones, first, _ = interaction.step(env, env_params, clones, first_action, first_key)
+    first_reward = first.reward + first_bonus
 
-    discount = jnp.asarray(discount, jnp.float32)
+    discount = jnp.asarray(claim.discount, jnp.float32)
 
     def keep_going(carry):
         time, _, alive, *_ = carry
@@ -263,12 +290,12 @@ def return_distributions_from(
     def rollout(carry):
         time, clones, alive, weight, total, late = carry
         key = jax.random.fold_in(rest_key, time)
-        clones, (transition, bonus) = _follow(agent, env, env_params, state, clones, key)
+        clones, (transition, bonus) = _follow(claim, env, env_params, state, clones, key)
         reward = jnp.where(alive, transition.reward + bonus, 0)
         late += jnp.where(time < horizon // 2, 0, reward)
         return time + 1, clones, alive & ~transition.terminated, weight * discount, total + weight * reward, late
 
-    carry = jnp.int32(0), clones, ~first.terminated, discount, first.reward, jnp.zeros_like(first.reward)
+    carry = jnp.int32(0), clones, ~first.terminated, discount, first_reward, jnp.zeros_like(first_reward)
     time, _, alive, weight, total, late = jax.lax.while_loop(keep_going, rollout, carry)
     late_reward = late / jnp.maximum(time - horizon // 2, 1)
     for_ever = jnp.where(discount < 1, 1 / jnp.where(discount < 1, 1 - discount, 1), 0)
@@ -277,13 +304,9 @@ def return_distributions_from(
     return ReturnDistributions(predicted, monte_carlo.reshape(-1, rollouts), missing.reshape(-1, rollouts).mean(-1))
 
 
-def _follow(agent: Agent, env, env_params, state, batch: Interaction, key: jax.Array):
-    """One step of the target policy: the environments after it, and what happened with the bonus for it."""
+def _follow(claim: Claim, env, env_params, state, batch: Interaction, key: jax.Array):
+    """One step of the claim's policy: the environments after it, and what happened with the bonus for it."""
     act_key, step_key = jax.random.split(key)
-    action, bonus = agent.target_policy(state, batch.observation, act_key)
+    action, bonus = claim.policy(state, batch.observation, act_key)
     batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
     return batch, (transition, bonus)
-
-
-def _where(condition, new, old):
-    return jnp.where(condition.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

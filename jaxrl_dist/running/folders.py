@@ -1,15 +1,21 @@
 """Names and paths that a user gives: what cannot work is refused before any work is done for it."""
 
+import contextlib
+import datetime
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from jaxrl_dist.configuration import require
+from jaxrl_dist.configuration import ConfigurationError, require
+from jaxrl_dist.running import hosts
+from jaxrl_dist.running.problem import RunOptions
 
 LONGEST_NAME = 200  # bytes of each part; file systems take 255, and some files are named after the folder
 RECORDS = ("config.json", "study.json")
+LOCK = ".lock"
 
 
 def require_name(name: str) -> None:
@@ -56,3 +62,66 @@ def _takes_files(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+# -- the folder of a run ----------------------------------------------------------------------------------------------
+
+
+def folder_of(algorithm: str, options: RunOptions) -> Path:
+    """Where a run is kept: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME, by default named after the date and time."""
+    name = options.name or hosts.by_first(date_and_time)
+    require_name(name)
+    return Path(options.runs_folder) / algorithm / options.env_id.replace("/", "-") / name
+
+
+def date_and_time() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+@contextlib.contextmanager
+def claim(folder: Path, options: RunOptions, record: str = "config.json") -> Iterator[None]:
+    """Own the folder of a run or a study: fresh unless resuming, and no other live process in it.
+
+    `record`: the file whose presence says that there is something to resume. Of several processes the first one is the
+    owner.
+    """
+    with contextlib.ExitStack() as owned:
+        hosts.by_first(lambda: owned.enter_context(_claim(folder, options, record)))
+        yield
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, options: RunOptions, record: str) -> Iterator[None]:
+    import fcntl
+
+    if options.resume:
+        if not (folder / record).exists() and options.resume != "auto":
+            raise ConfigurationError(f"--name is {options.name!r}, but there is no run to resume in {folder}")
+    else:
+        require_unused(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigurationError(f"--name is {folder.name!r}, but another process is writing to {folder}") from None
+    try:
+        yield
+    finally:
+        if folder.is_dir() and _is_unused(folder):  # refused, or broken before anything was written
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+        os.close(lock)
+
+
+def _is_unused(folder: Path) -> bool:
+    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
+
+
+def require_unused(folder: Path) -> None:
+    require(
+        _is_unused(folder),
+        f"--name is {folder.name!r}, but {folder} already holds a run; choose another name, or continue it with "
+        "--resume latest",
+    )

@@ -167,7 +167,8 @@ def evaluate_run(folder: Path, *, episodes: int, seed: int) -> Comparison:
     paths = [folder / "policies" / f"seed_{number}.npz" for number in seeds]
     require(paths[-1].is_file(), f"RUN is {folder}, which holds no policies yet: a run saves them when it ends")
     records = recording.read_evaluations(folder)
-    last = records[records.env_steps == records.env_steps.max()]
+    axis = recording.axis_of(records)
+    last = records[records[axis] == records[axis].max()]
     missing = sorted({*seeds} - {*last.seed})
     require(not missing, f"{folder / 'evaluations.csv'} lacks seeds {missing} at its last evaluation")
     return Comparison(

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jaxrl_dist.configuration import ConfigurationError, option, require
 from jaxrl_dist.learning.replay import Replay
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.running import hosts, training
 from jaxrl_dist.running.checkpointing import BLOCK_BYTES, bytes_to_write, megabytes
 from jaxrl_dist.running.problem import Problem
@@ -29,8 +30,8 @@ COMPILING_BYTES = 420 * 2**20
 # Of what is available, how much may be filled without a word.
 COMFORTABLE = 0.8
 PHASES = {
-    "begin": "filling the replay", "advance": "training", "evaluate": "evaluating", "calibrate": "calibrating",
-    "save": "saving a checkpoint", "load": "loading a checkpoint",
+    "begin": "starting the runs", "pretrain": "pretraining", "advance": "training", "evaluate": "evaluating",
+    "calibrate": "calibrating", "save": "saving a checkpoint", "load": "loading a checkpoint",
 }  # fmt: skip
 _CALLS = {"pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
 _ELEMENTWISE = {
@@ -86,6 +87,7 @@ def predict(programs: training.Programs) -> Prediction:
     # `begin` makes the state, the others are given it.
     phases = {name: extra + (state if name != "begin" else 0) for name, extra in temporary.items()}
     phases |= dict.fromkeys(("save", "load"), state + 2 * min(BLOCK_BYTES, max(fields.values())))
+    # The data is there already, on every device: `_held_bytes` has it.
     return Prediction(_held_bytes(), compiling, phases, temporary, fields)
 
 
@@ -151,6 +153,8 @@ def _cause(problem: Problem, programs: training.Programs, prediction: Prediction
     for setting, names in by_setting.items():
         more = f" and {counted(len(names) - 1, 'field')} like it" if len(names) > 1 else ""
         causes[f"{names[0]}{more}" + (f" ({setting})" if setting != names[0] else "")] = sum(map(fields.get, names))
+    if programs.data:
+        causes[f"the data (--dataset {options.dataset})"] = sum(x.nbytes for x in jax.tree.leaves(programs.data))
     if "evaluate" in temporary:
         causes[f"the evaluation (--eval-episodes {options.eval_episodes})"] = temporary["evaluate"]
     if "calibrate" in temporary:
@@ -159,8 +163,9 @@ def _cause(problem: Problem, programs: training.Programs, prediction: Prediction
     if temporary["advance"] > 2 * sum(
         fields.values()
     ):  # otherwise they are gradients and copies of what the state holds
-        batch = getattr(problem.config, "batch_size", None)
-        causes["the batches of an update" + (f" (--batch-size {batch})" if batch else "")] = temporary["advance"]
+        config = problem.config
+        size = f" (--batch-size {config.batch_size})" if isinstance(config, Settings) else ""
+        causes["the batches of an update" + size] = temporary["advance"]
     worst = max(causes, key=causes.__getitem__)
     said = f"most of it, {megabytes(causes[worst])}, is {worst}"
     share = prediction.of_the_runs / programs.num_runs

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_dist import switches
@@ -23,9 +24,11 @@ from jaxrl_dist.configuration import (
     option,
     require,
 )
-from jaxrl_dist.learning import interaction
+from jaxrl_dist.learning import datasets
+from jaxrl_dist.learning.interaction import Interaction
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import bounds_of, kind_of
-from jaxrl_dist.running import doctor, evaluation, training
+from jaxrl_dist.running import doctor, evaluation, support, training
 
 # The host keeps a row of every run for every evaluation.
 MOST_RUNS = 1_000_000
@@ -41,8 +44,11 @@ class RunOptions:
     """settings of the environment as name=value, such as backend=mjx or max_steps_in_episode=500"""
     preset: str = "auto"
     """named defaults of the algorithm: auto (those for the environment, if any), none, or a name"""
+    dataset: str = ""
+    """for algorithms that learn from recorded transitions: their file (.npz with D4RL's names)"""
     total_steps: Natural = 0
-    """environment steps of every seed, warm-up included; 0: 20,000, or twice the warm-up where that is more"""
+    """environment steps of every seed, warm-up included; 0: 20,000, or twice the warm-up where that is more. Of
+    algorithms that take no environment steps: their updates"""
     seed: Seed = 0
     """first seed; run i has seed + i and draws the same random numbers whatever the other seeds are"""
     num_seeds: Annotated[int, Bounds(1, MOST_RUNS)] = 4
@@ -122,7 +128,7 @@ def split_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def with_total_steps(options: RunOptions, *configs: Any) -> RunOptions:
     """The options with the `total_steps` that 0 stands for, the same for all `configs`: an agent has to learn too."""
-    longest_warmup = max(config.warmup_steps for config in configs)
+    longest_warmup = max((config.warmup_steps for config in configs if isinstance(config, Settings)), default=0)
     return dataclasses.replace(options, total_steps=options.total_steps or max(20_000, 2 * longest_warmup))
 
 
@@ -140,6 +146,12 @@ class Problem(NamedTuple):
     env_params: Any
     options: RunOptions
     configurations: tuple[int, ...] = ()
+    data: tuple = ()
+    """what `make_agent` takes besides; nothing, or one pytree of arrays"""
+
+    def agent(self, config: Any = None) -> Agent:
+        """The agent of a configuration, by default the problem's own."""
+        return self.make_agent(self.config if config is None else config, self.env, self.env_params, *self.data)
 
     def fitted(self, total_steps: int) -> "Problem":
         """The same problem, whose agents have no more room in their replay than `total_steps` environment steps fill.
@@ -148,19 +160,14 @@ class Problem(NamedTuple):
         what is recorded and compared.
         """
         as_written = getattr(self.make_agent, "as_written", self.make_agent)
+        if not isinstance(self.config, Settings):
+            return self
 
-        def make_agent(config, env, env_params):
-            return as_written(_without_spare_room(config, total_steps), env, env_params)
+        def make_agent(config, *world):
+            return as_written(config.fitted(total_steps), *world)
 
         make_agent.as_written = as_written
         return self._replace(make_agent=make_agent)
-
-
-def _without_spare_room(config: Any, total_steps: int) -> Any:
-    warmup_steps = -(-config.warmup_steps // config.num_envs) * config.num_envs
-    per_iteration = config.num_envs * getattr(config, "steps_per_iteration", 1)
-    needed = warmup_steps + max(0, -(-(total_steps - warmup_steps) // per_iteration)) * per_iteration
-    return config if config.replay_capacity <= needed else dataclasses.replace(config, replay_capacity=needed)
 
 
 def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptions) -> Problem:
@@ -173,11 +180,14 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     device_count(options)
     env, env_params = _make_env(options)
     if options.probe_support != "off":
-        config = _with_probed_support(config, options)
+        support.require_support(config, options.probe_support)
+        seen = _random_rewards(options.env_id, options.env_options, options.seed)
+        config = support.covering(config, options.probe_support, *seen)
+    problem = Problem(algorithm, make_agent, config, env, env_params, options, data=_data(make_agent, options))
+    problem = problem.fitted(options.total_steps)
+    agent = problem.agent()
     if options.data_parallel:
-        _check_data_parallel(config, device_count(options))
-    problem = Problem(algorithm, make_agent, config, env, env_params, options).fitted(options.total_steps)
-    agent = problem.make_agent(config, env, env_params)
+        _check_data_parallel(agent, config, device_count(options))
     _check_counters(agent, options, evaluation.episode_limit(env_params, options.eval_max_steps))
     if options.resume:
         require(
@@ -209,17 +219,16 @@ def _check_counters(agent: Agent, options: RunOptions, episode_limit: int) -> No
         f"--seed is {options.seed} and --num-seeds {options.num_seeds}, so the last seed is {last_seed}; it must be "
         "below 2^32, where JAX would begin again at 0",
     )
-    iterations = training.iterations_for(agent, options.total_steps)
-    env_steps = agent.warmup_steps + iterations * agent.steps_per_iteration
-    updates = iterations * agent.updates_per_iteration
+    clock = agent.clock
+    iterations = clock.iterations(options.total_steps)
+    now, updates = clock.now(iterations), clock.updates_at(iterations)
     require(
-        env_steps <= LARGEST,
-        f"--total-steps is {options.total_steps}, {env_steps} in whole iterations; at most {LARGEST} can be counted",
+        now <= LARGEST,
+        f"--total-steps is {options.total_steps}, {now} in whole iterations; at most {LARGEST} can be counted",
     )
     require(
         updates <= LARGEST,
-        f"--updates-per-iteration is {agent.updates_per_iteration}, {updates} updates in all; at most {LARGEST} can be "
-        "counted",
+        f"--updates-per-iteration is {clock.updates}, {updates} updates in all; at most {LARGEST} can be counted",
     )
     # `evaluation.return_distributions` multiplies a state's number by the steps over which states are spread.
     most = min(math.isqrt(LARGEST), LARGEST // max(1, episode_limit // 4))
@@ -253,9 +262,13 @@ def device_count(options: RunOptions) -> int:
     return count
 
 
-def _check_data_parallel(config: Any, devices: int) -> None:
-    for field in ("num_envs", "batch_size"):
-        rows = getattr(config, field)
+def _check_data_parallel(agent: Agent, config: Any, devices: int) -> None:
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Interaction))
+    counts = [("num_envs", node.episode_return.shape[0]) for node in nodes if isinstance(node, Interaction)]
+    if isinstance(config, Settings):
+        counts.append(("batch_size", config.batch_size))
+    for field, rows in counts:
         require(
             rows % devices == 0,
             f"{option(field)} is {rows}; with --data-parallel it must be a multiple of the {devices} devices over "
@@ -263,51 +276,24 @@ def _check_data_parallel(config: Any, devices: int) -> None:
         )
 
 
-def _with_probed_support(config: Any, options: RunOptions) -> Any:
-    """The configuration with v_min and v_max that cover what a random policy sees (`--probe-support`)."""
-    require(
-        hasattr(config, "v_min"),
-        f"--probe-support is {options.probe_support}; it is for algorithms with a fixed support (--v-min, --v-max)",
-    )
-    rewards, ended = _random_rewards(options.env_id, options.env_options, options.seed)
-    if options.probe_support == "rewards":
-        # For as long as the discount lets rewards count, which is beyond any time limit: targets bootstrap there.
-        require(config.discount < 1, "--probe-support is rewards; it needs --discount below 1")
-        low, high = (float(bound) / (1 - config.discount) for bound in (rewards.min(), rewards.max()))
-        low, high = (min(low, 0.0), max(high, 0.0)) if ended.any() else (low, high)
-    else:
-        returns, following = np.zeros_like(rewards), np.full(rewards.shape[1], np.nan)  # unfinished episodes: NaN
-        for time in reversed(range(len(rewards))):
-            returns[time] = following = rewards[time] + config.discount * np.where(ended[time], 0, following)
-        require(
-            bool(np.isfinite(returns).any()),
-            f"--probe-support is returns, but no episode ended in {len(rewards)} random steps; use rewards",
-        )
-        low, high = float(np.nanmin(returns)), float(np.nanmax(returns))
-        low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)
-    require(low < high, f"--probe-support is {options.probe_support}, but random actions found no reward but {low:g}")
-    return dataclasses.replace(config, v_min=low, v_max=high)
+def takes_data(make_agent: Callable) -> bool:
+    """Whether the algorithm learns from given arrays: a fourth argument of its `make_agent`."""
+    return len(inspect.signature(make_agent).parameters) > 3
+
+
+def _data(make_agent: Callable, options: RunOptions) -> tuple:
+    """What the algorithm learns from beside an environment, out of --dataset; () where it takes nothing."""
+    wanted = takes_data(make_agent)
+    require(bool(options.dataset) or not wanted, "--dataset is missing; this algorithm learns from a file of data")
+    require(wanted or not options.dataset, f"--dataset is {options.dataset!r}; this algorithm learns from none")
+    return (datasets.load(Path(options.dataset)),) if wanted else ()
 
 
 @functools.lru_cache(maxsize=1)  # all configurations of a sweep ask for the same one
 def _random_rewards(env_id: str, env_options: tuple[str, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     from jaxrl_dist import envs
 
-    env, env_params = envs.make(env_id, **_parse_env_options(env_options))
-    return tuple(map(np.asarray, jax.jit(_random_rollout, static_argnums=0)(env, env_params, np.uint32(seed))))
-
-
-def _random_rollout(env, env_params, seed, steps: int = 1_000, num_envs: int = 32):
-    """Rewards of uniform random actions, and where episodes ended: both `[steps, num_envs]`."""
-    start_key, loop_key = jax.random.split(jax.random.key(seed))
-
-    def one(batch, time):
-        action_key, step_key = jax.random.split(jax.random.fold_in(loop_key, time))
-        action = interaction.random_action(env, env_params, action_key, num_envs)
-        batch, transition, _ = interaction.step(env, env_params, batch, action, step_key)
-        return batch, (transition.reward, transition.terminated | transition.truncated)
-
-    return jax.lax.scan(one, interaction.start(env, env_params, start_key, num_envs), jnp.arange(steps))[1]
+    return support.random_rewards(*envs.make(env_id, **_parse_env_options(env_options)), seed)
 
 
 def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -63,19 +63,18 @@ def draw_return_distribution(
 ) -> None:
     """Picture of learned laws against Monte-Carlo returns from the same states, beyond the time limit.
 
-    `state` is that of one run. The states are reached by the target policy after evenly spaced times, up to a quarter
+    `state` is that of one run. The states are reached by the claim's policy after evenly spaced times, up to a quarter
     of the time limit.
     """
-    config, endless = problem.config, evaluation.without_time_limit(problem.env, problem.env_params)
-    if endless is None:
-        console.print(f"no {path}: {evaluation.no_calibration(problem.env, problem.env_params)}")
+    claim, endless = agent.claim, evaluation.without_time_limit(problem.env, problem.env_params)
+    if claim is None or endless is None:
+        console.print(f"no {path}: {evaluation.no_calibration(agent, problem.env, problem.env_params)}")
         return
     limit = evaluation.episode_limit(problem.env_params, problem.options.eval_max_steps)
     compare = jax.jit(
         lambda state, key: evaluation.return_distributions(
-            agent, problem.env, endless, state, key,
-            discount=config.discount, states=states, rollouts=200, horizon=evaluation.horizon(config.discount),
-            spread=evaluation.spread(limit, states),
+            claim, problem.env, endless, state, key, states=states, rollouts=200,
+            horizon=evaluation.horizon(claim.discount), spread=evaluation.spread(limit, states),
         )
     )  # fmt: skip
     found = compare(jax.device_put(state, jax.local_devices()[0]), key)
@@ -122,7 +121,7 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
     programs = training.Programs(
-        problem.make_agent, problem.config, problem.env, problem.env_params,
+        problem.make_agent, problem.config, problem.env, problem.env_params, *problem.data,
         num_runs=options.num_seeds, runs_mode=options.runs_mode,
         eval_episodes=episodes, eval_max_steps=options.eval_max_steps,
     )  # fmt: skip
@@ -149,7 +148,7 @@ def plot_distribution(
     index = int(np.flatnonzero(run.seeds == run_seed)[0])
     problem = run.problem
     draw_return_distribution(
-        problem.make_agent(problem.config, problem.env, problem.env_params), problem,
+        problem.agent(), problem,
         training.one_run(training.without_replay(run.state.state), index), jax.random.key(seed), out, console,
         title=f"{display_name(problem.algorithm)} on {problem.options.env_id}, seed {run_seed}", states=states,
     )  # fmt: skip

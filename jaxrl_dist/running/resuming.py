@@ -11,14 +11,14 @@ from jaxrl_dist import switches
 from jaxrl_dist.agent import Agent
 from jaxrl_dist.configuration import ConfigurationError, option, require
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import hosts, training
+from jaxrl_dist.running import hosts
 from jaxrl_dist.running.checkpointing import Checkpoints
 from jaxrl_dist.running.problem import Problem
 
 # Options of a run that must be those it was started with; all settings of the algorithm must.
 FIXED = (
-    "env_id", "env_options", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps", "eval_states",
-    "eval_rollouts", "on_divergence",
+    "env_id", "env_options", "dataset", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps",
+    "eval_states", "eval_rollouts", "on_divergence",
 )  # fmt: skip
 
 
@@ -53,15 +53,14 @@ def look_back(folder: Path, problem: Problem, agent: Agent, console: Console) ->
     iteration = _iteration(checkpoints, folder, problem.options.resume, console)
     if iteration is None:
         return None
-    env_steps = agent.warmup_steps + iteration * agent.steps_per_iteration
     require(
-        training.iterations_for(agent, problem.options.total_steps) >= iteration,
-        f"--total-steps is {problem.options.total_steps}, but the checkpoint in {folder} was made at {env_steps} "
-        "environment steps; it must be at least that (--resume ITERATION goes back to an older checkpoint, another "
-        "--name begins anew)",
+        agent.clock.iterations(problem.options.total_steps) >= iteration,
+        f"--total-steps is {problem.options.total_steps}, but the checkpoint in {folder} was made at "
+        f"{agent.clock.now(iteration)} {agent.clock.unit}; it must be at least that (--resume ITERATION goes back to "
+        "an older checkpoint, another --name begins anew)",
     )
     last_evaluation = iteration - iteration % description["intervals"]["evaluation"]
-    evaluated_at = agent.warmup_steps + last_evaluation * agent.steps_per_iteration
+    evaluated_at = agent.clock.env_steps_at(last_evaluation)
     about = hosts.by_first(lambda: checkpoints.about(iteration))
     seal = hosts.by_first(lambda: _seal(folder, about, evaluated_at, problem, console))
     return Past(iteration, description, about, seal)
@@ -69,7 +68,7 @@ def look_back(folder: Path, problem: Problem, agent: Agent, console: Console) ->
 
 def _description(folder: Path, problem: Problem) -> dict[str, Any] | None:
     if not (folder / "config.json").exists():
-        return None  # whether there must be one, `session.claim` knows
+        return None  # whether there must be one, `folders.claim` knows
     fields = {
         "intervals": dict,
         "intervals.evaluation": int,

@@ -19,7 +19,7 @@ from jaxrl_dist.agent import Agent
 from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.learning import replay
 from jaxrl_dist.learning.devices import DATA
-from jaxrl_dist.learning.interaction import Interaction
+from jaxrl_dist.learning.interaction import Average, Interaction
 from jaxrl_dist.learning.keys import is_key
 from jaxrl_dist.learning.replay import Priorities, Replay
 from jaxrl_dist.running import evaluation, hosts
@@ -27,8 +27,8 @@ from jaxrl_dist.running.progress import inside_program
 
 RunsMode = Literal["auto", "vmap", "map"]
 
-# From this width on, a CPU is faster with one run after another per core than with runs batched: below it the cost of
-# starting each kernel weighs more, above it that of batched matrix products.
+# From matrices of so many rows and columns on, a CPU is faster with one run after another per core than with runs
+# batched: below, the cost of starting each kernel weighs more, above, that of batched matrix products.
 WIDE = 256
 
 # A run that breaks goes back to what it was at the last multiple of so many iterations. To look at every parameter and
@@ -59,8 +59,9 @@ class Training(NamedTuple):
 
 
 def metric_names(agent: Agent, state: Any) -> tuple[str, ...]:
-    """Names of the metrics of `agent.step`, in the order in which `Training` keeps them."""
-    return tuple(sorted(jax.eval_shape(agent.step, state)[1]))
+    """Names of the metrics of `agent.step` and `agent.pretrain`, in the order in which `Training` keeps them."""
+    phases = [phase for phase in (agent.step, agent.pretrain) if phase]
+    return tuple(sorted({name for phase in phases for name in jax.eval_shape(phase, state)[1]}))
 
 
 def watched_names(metric_names: Sequence[str]) -> tuple[str, ...]:
@@ -78,8 +79,12 @@ def begin(agent: Agent, key: jax.Array, freeze: bool = True) -> Training:
     )  # fmt: skip
 
 
-def advance(agent: Agent, training: Training, first: int | jax.Array, iterations: int | jax.Array) -> Training:
+def advance(
+    agent: Agent, training: Training, first: int | jax.Array, iterations: int | jax.Array, phase: Callable | None = None
+) -> Training:
     """Do `iterations` iterations; their number may be traced, so one program serves chunks of every length.
+
+    phase: `agent.step`, which is the default, or `agent.pretrain`; all iterations of a call are of one phase.
 
     `first` is the iteration at which `training` stands, given apart because it is the same for all runs, and a loop
     whose length differs between runs is a slow one. A run in which a metric or the state becomes NaN or infinite is
@@ -87,11 +92,16 @@ def advance(agent: Agent, training: Training, first: int | jax.Array, iterations
     ever after. Wherever a training is cut into calls, its runs end in the same place.
     """
 
+    phase = phase or agent.step
+    names = metric_names(agent, training.state) if agent.pretrain else ()  # else those of `step`, traced once
+    nothing = Average(jnp.float32(0), jnp.float32(0))
+
     def once(_, training: Training) -> Training:
-        state, metrics = agent.step(training.state)
+        state, metrics = phase(training.state)
         iteration = training.iteration + 1
         # One array for all metrics: on CPU every scalar kept apart costs a kernel of its own at every iteration.
-        values = jnp.stack(jax.tree.leaves([metrics[name] for name in sorted(metrics)])).reshape(-1, 2).T
+        in_order = [metrics.get(name, nothing) for name in names or sorted(metrics)]
+        values = jnp.stack(jax.tree.leaves(in_order)).reshape(-1, 2).T
         finite = jnp.concatenate([jnp.isfinite(values[0]), jnp.ones(len(ALSO_WATCHED), bool)])
         broken_at = jnp.where((training.broken_at < 0) & ~finite, iteration, training.broken_at)
         totals = training.totals + jnp.where((broken_at < 0).all(), values, 0)
@@ -159,15 +169,6 @@ def take_metrics(training: Training) -> tuple[Training, jax.Array]:
     return training._replace(totals=jnp.zeros_like(training.totals)), averages
 
 
-def iterations_for(agent: Agent, total_steps: int) -> int:
-    """Iterations after the warm-up that take a run to at least `total_steps` environment steps."""
-    if total_steps <= agent.warmup_steps:
-        raise ConfigurationError(
-            f"--total-steps is {total_steps}; it must be above the {agent.warmup_steps} steps of the warm-up"
-        )
-    return -(-(total_steps - agent.warmup_steps) // agent.steps_per_iteration)
-
-
 # -- the whole of training as one pure function -----------------------------------------------------------------------
 
 
@@ -183,35 +184,40 @@ def make_train(
     eval_max_steps: int = 0,
     progress: bool = False,
 ) -> Callable:
-    """The pure function `train(key, config) -> (state, history)`, environments and evaluation inside the program.
+    """The pure function `train(key, config, *data) -> (state, history)`, environments and evaluation inside of it.
 
-    `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them.
-    `history` holds `env_steps` `[evaluations]`, `evaluation_return` `[evaluations, episodes]`, the averages of all
-    training metrics `[evaluations]`, NaN where nothing was counted, and `diverged_at` `[evaluations]`, the iteration at
-    which a metric or the learner became NaN or infinite, -1 if none: from then on the run is frozen at its last finite
-    learner, others go on. All of it is 32-bit, under JAX_ENABLE_X64 as well. progress: print a line at every
-    evaluation, one for all runs. `train` raises ConfigurationError under switches of JAX that it cannot bear
+    `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them. Of an
+    algorithm that learns from given arrays, `data` is an argument of `train`, the same for all runs (`in_axes=None`).
+    `history` holds `env_steps` and `updates` `[evaluations]`, `evaluation_return` `[evaluations, episodes]`, the
+    averages of all training metrics `[evaluations]`, NaN where nothing was counted, and `diverged_at` `[evaluations]`,
+    the iteration at which a metric or the learner became NaN or infinite, -1 if none: from then on the run is frozen at
+    its last finite learner, others go on. All of it is 32-bit, under JAX_ENABLE_X64 as well. progress: print a line at
+    every evaluation, one for all runs. `train` raises ConfigurationError under switches of JAX that it cannot bear
     (`switches.check`; jax_debug_nans).
     """
     default_config = config
-    tell = inside_program(total_steps) if progress else lambda env_steps, returns: env_steps
+    tell = inside_program(total_steps) if progress else lambda now, returns, unit: now
     max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
     @switches.in_32_bits
-    def train(key: jax.Array, config: Any = default_config) -> tuple[Any, dict[str, jax.Array]]:
+    def train(key: jax.Array, config: Any = default_config, *data: Any) -> tuple[Any, dict[str, jax.Array]]:
         switches.check()
         if jax.config.jax_debug_nans:
             raise ConfigurationError(
                 "JAX_DEBUG_NANS is on, but the history marks with NaN what was not counted; turn it off, or train from "
                 "the command line, which says in which iteration a metric became NaN"
             )
-        agent = make_agent(config, env, env_params)
-        total_iterations = iterations_for(agent, total_steps)
+        agent = make_agent(config, env, env_params, *data)
+        clock, total_iterations = agent.clock, agent.clock.iterations(total_steps)
         # Evaluations at even distances; the last one after the last iteration.
         boundaries = np.round(np.linspace(0, total_iterations, evaluations + 1)).astype(np.int32)
         training_key, evaluation_key = run_keys(key)
 
         def leg(training, boundary):
+            if agent.pretrain:
+                until = jnp.minimum(boundary, clock.pretraining)
+                pretraining = jnp.maximum(until - training.iteration, 0)
+                training = advance(agent, training, training.iteration, pretraining, agent.pretrain)
             training = advance(agent, training, training.iteration, boundary - training.iteration)
             training, averages = take_metrics(training)
             metrics = dict(zip(metric_names(agent, training.state), averages, strict=True))
@@ -219,13 +225,13 @@ def make_train(
             episodes = evaluation.evaluate(
                 agent, env, env_params, training.state, eval_key, episodes=eval_episodes, max_steps=max_steps
             )
-            env_steps = tell(
-                agent.warmup_steps + training.iteration * agent.steps_per_iteration, episodes.episode_return
-            )
+            now = tell(jnp.asarray(clock.now(training.iteration), jnp.int32), episodes.episode_return, clock.unit)
             never = jnp.iinfo(jnp.int32).max
             first_broken = jnp.where(training.broken_at < 0, never, training.broken_at).min()
             return training, metrics | {
-                "env_steps": env_steps, "evaluation_return": episodes.episode_return,
+                "env_steps": now if clock.unit == "env steps" else jnp.full_like(now, clock.warmup_steps),
+                "updates": clock.updates_at(training.iteration),
+                "evaluation_return": episodes.episode_return,
                 "diverged_at": jnp.where(first_broken == never, -1, first_broken),
             }  # fmt: skip
 
@@ -250,7 +256,7 @@ def run_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Programs:
-    """Compiled pieces of training over the `runs` axis: `begin`, `advance`, `take_metrics`, `evaluate`,
+    """Compiled pieces of training over the `runs` axis: `begin`, `pretrain`, `advance`, `take_metrics`, `evaluate`,
     `calibrate`.
 
     Runs are spread over as many devices as divide their number, or, with `data_parallel`, all devices work on every
@@ -268,7 +274,7 @@ class Programs:
         configs: Any,
         env: Any,
         env_params: Any,
-        *,
+        *data: Any,
         num_runs: int,
         max_devices: int | None = None,
         runs_mode: RunsMode = "auto",
@@ -281,7 +287,8 @@ class Programs:
     ):
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`.
 
-        freeze: runs that break are frozen (`advance`), the others go on.
+        data: what all runs learn from, for algorithms that are given arrays; it is held once by every device. freeze:
+        runs that break are frozen (`advance`), the others go on.
         """
         switches.settle()
         self.num_runs = num_runs
@@ -291,38 +298,48 @@ class Programs:
         # Where an array with the axis `runs` lies: split by runs, or whole on every device.
         self.sharding = NamedSharding(mesh, PartitionSpec() if data_parallel else PartitionSpec("runs"))
         self.configs = self._spread(configs)
+        self.data = hosts.place(data, NamedSharding(mesh, PartitionSpec()))
         self.compiled = False
         # The first run's agent, for sizes and names: with the floats of all runs its shapes would not fit.
-        self.agent = make_agent(jax.tree.map(lambda x: np.ravel(x)[0], configs), env, env_params)
-        self.metric_names = metric_names(self.agent, jax.eval_shape(self.agent.init, jax.random.key(0)))
-        self.runs_mode = _fastest_mode(configs) if runs_mode == "auto" else runs_mode
+        self.agent = make_agent(jax.tree.map(lambda x: np.ravel(x)[0], configs), env, env_params, *self.data)
+        state = jax.eval_shape(self.agent.init, jax.random.key(0))
+        self.metric_names = metric_names(self.agent, state)
+        self.runs_mode = runs_mode if runs_mode != "auto" else self.agent.runs_mode or _fastest_mode(state)
         max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
-        def agent_of(config):
-            return make_agent(config, env, env_params)
+        def agent_of(config, data):
+            return make_agent(config, env, env_params, *data)
 
-        def _begin(config, key):
-            return begin(agent_of(config), key, freeze)
+        def _begin(config, key, *data):
+            return begin(agent_of(config, data), key, freeze)
 
-        def _advance(training, config, iterations, first):
-            return advance(agent_of(config), training, first, iterations)
+        def _advance(training, config, iterations, *data_and_first):
+            *data, first = data_and_first
+            return advance(agent_of(config, data), training, first, iterations)
 
-        def _evaluate(training, config, key):
+        def _pretrain(training, config, iterations, *data_and_first):
+            *data, first = data_and_first
+            agent = agent_of(config, data)
+            return advance(agent, training, first, iterations, agent.pretrain)
+
+        def _evaluate(training, config, key, *data):
             return evaluation.evaluate(
-                agent_of(config), env, env_params, training.state, key, episodes=eval_episodes, max_steps=max_steps
-            )
+                agent_of(config, data), env, env_params, training.state, key, episodes=eval_episodes,
+                max_steps=max_steps,
+            )  # fmt: skip
 
         # Learned return distributions can be compared with Monte-Carlo ones where the time limit can be lifted.
-        endless = evaluation.without_time_limit(env, env_params) if eval_states > 0 else None
+        wanted = self.agent.claim and eval_states > 0
+        endless = evaluation.without_time_limit(env, env_params) if wanted else None
         self.calibrates = endless is not None
 
-        def _calibrate(training, config, key):
+        def _calibrate(training, config, key, *data):
+            claim = agent_of(config, data).claim
             found = evaluation.return_distributions(
-                agent_of(config), env, endless, training.state, key, discount=config.discount, states=eval_states,
-                rollouts=eval_rollouts, horizon=evaluation.horizon(config.discount),
-                spread=evaluation.spread(max_steps, eval_states),
+                claim, env, endless, training.state, key, states=eval_states, rollouts=eval_rollouts,
+                horizon=evaluation.horizon(claim.discount), spread=evaluation.spread(max_steps, eval_states),
             )  # fmt: skip
-            return evaluation.calibration(found, learns_mean=self.agent.learns_mean)
+            return evaluation.calibration(found, learns_mean=claim.learns_mean)
 
         def program(
             function,
@@ -332,7 +349,8 @@ class Programs:
             out: Any = self.sharding,
             more=lambda *_: (),
         ):
-            """`more`: further shared arguments of `function`, made out of the others."""
+            """`more`: further shared arguments of `function`, made out of the others. Data is the last of `shared`."""
+            shared += len(self.data)
 
             def over_runs(*given):
                 every = (*given, *more(*given))
@@ -354,11 +372,15 @@ class Programs:
         self._training_sharding = self.sharding
         if data_parallel:
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_runs))
-            self._training_sharding = _rows_split(program(_begin, 2).eval_shape(self.configs, keys), mesh)
+            self._training_sharding = _rows_split(program(_begin, 2).eval_shape(self.configs, keys, *self.data), mesh)
         self._begin = program(_begin, 2, out=self._training_sharding)
-        self._advance = program(
-            _advance, 2, shared=1, donate=True, out=self._training_sharding, more=lambda runs, *_: (runs.iteration[0],)
-        )
+        self._advance, self._pretrain = (
+            program(
+                function, 2, shared=1, donate=True, out=self._training_sharding,
+                more=lambda runs, *_: (runs.iteration[0],),
+            )
+            for function in (_advance, _pretrain)
+        )  # fmt: skip
         self._evaluate = program(_evaluate, 3)
         self._calibrate = program(_calibrate, 3)
         self._take_metrics = jax.jit(
@@ -370,7 +392,7 @@ class Programs:
     def abstract_training(self) -> Training:
         """Shapes, dtypes and shardings of the training of all runs, without computing anything."""
         keys = self._keys(jax.random.split(jax.random.key(0), self.num_runs))
-        shapes = self._begin.eval_shape(self.configs, keys)
+        shapes = self._begin.eval_shape(self.configs, keys, *self.data)
         shardings = jax.tree.broadcast(self._training_sharding, shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -379,14 +401,16 @@ class Programs:
         """All pieces as JAX traced them, by name: what is compiled, and from which `memory` predicts its needs."""
         training, keys = self.abstract_training, self._keys(jax.random.split(jax.random.key(0), self.num_runs))
         traces = {
-            "begin": self._begin.trace(self.configs, keys),
-            "advance": self._advance.trace(training, self.configs, np.int32(0)),
-            "evaluate": self._evaluate.trace(training, self.configs, keys),
+            "begin": self._begin.trace(self.configs, keys, *self.data),
+            "advance": self._advance.trace(training, self.configs, np.int32(0), *self.data),
+            "evaluate": self._evaluate.trace(training, self.configs, keys, *self.data),
             "take_metrics": self._take_metrics.trace(training),
             "largest_reward": self._largest_reward.trace(training.state),
         }
         if self.calibrates:
-            traces["calibrate"] = self._calibrate.trace(training, self.configs, keys)
+            traces["calibrate"] = self._calibrate.trace(training, self.configs, keys, *self.data)
+        if self.agent.pretrain:
+            traces["pretrain"] = self._pretrain.trace(training, self.configs, np.int32(0), *self.data)
         return traces
 
     def _spread(self, configs: Any) -> Any:
@@ -415,11 +439,16 @@ class Programs:
 
     def begin(self, keys: jax.Array) -> Training:
         """Start all runs: `keys` `[runs]`."""
-        return self._begin(self.configs, self._keys(keys))
+        return self._begin(self.configs, self._keys(keys), *self.data)
+
+    def pretrain(self, training: Training, iterations: int) -> Training:
+        """Do `iterations` of the first `clock.pretraining` iterations of every run; the given training is consumed."""
+        return self._pretrain(training, self.configs, np.int32(iterations), *self.data)
 
     def advance(self, training: Training, iterations: int) -> Training:
-        """Do `iterations` iterations of every run; the given training is consumed (its buffers are donated)."""
-        return self._advance(training, self.configs, np.int32(iterations))
+        """Do `iterations` iterations of every run, none of them of `pretrain`; the given training is consumed (its
+        buffers are donated)."""
+        return self._advance(training, self.configs, np.int32(iterations), *self.data)
 
     def take_metrics(self, training: Training) -> tuple[Training, jax.Array]:
         """Averages `[runs, metrics]` since the last call; the given training is consumed."""
@@ -436,11 +465,11 @@ class Programs:
 
     def evaluate(self, training: Training, keys: jax.Array) -> evaluation.Episodes:
         """Evaluate every run: leaves `[runs, episodes]`."""
-        return self._evaluate(training, self.configs, self._keys(keys))
+        return self._evaluate(training, self.configs, self._keys(keys), *self.data)
 
     def calibrate(self, training: Training, keys: jax.Array) -> evaluation.Calibration:
         """Learned return distributions of every run against Monte-Carlo ones: leaves `[runs]`."""
-        return self._calibrate(training, self.configs, self._keys(keys))
+        return self._calibrate(training, self.configs, self._keys(keys), *self.data)
 
 
 def one_run(tree: Any, run: int) -> Any:
@@ -475,11 +504,12 @@ def _rows_split(training: Any, mesh: jax.sharding.Mesh) -> Any:
 
     The replay is on every device too: a batch is drawn from all of it, and what environments see is little beside it.
     """
-    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), training)
-    experience = shardings.state.experience
-    rows = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(None, DATA)), experience.interaction)
-    experience = experience._replace(interaction=rows)
-    return shardings._replace(state=shardings.state._replace(experience=experience))
+
+    def of_node(node: Any) -> Any:
+        rows = PartitionSpec(None, DATA) if isinstance(node, Interaction) else PartitionSpec()
+        return jax.tree.map(lambda _: NamedSharding(mesh, rows), node)
+
+    return jax.tree.map(of_node, training, is_leaf=lambda node: isinstance(node, Interaction))
 
 
 def runs_here(tree: Any) -> list[int]:
@@ -526,10 +556,10 @@ def grow_replay(runs: Training, like: Training) -> Training:
     return jax.jit(lambda runs: jax.tree.map(grown, runs, like, is_leaf=_is_record), out_shardings=shardings)(runs)
 
 
-def _fastest_mode(config: Any) -> RunsMode:
-    """`map` for wide networks on CPU, else `vmap` (measured in experiments/throughput)."""
-    widths = [getattr(config, name) for name in vars(config) if name.endswith("hidden")]
-    wide = max((width for hidden in widths for width in hidden), default=0) >= WIDE
+def _fastest_mode(state: Any) -> RunsMode:
+    """`map` for wide networks on CPU, else `vmap` (measured in experiments/throughput); `state`: one run's shapes."""
+    matrices = [x.shape for x in _learned(state) if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)]
+    wide = max((min(shape[-2:]) for shape in matrices), default=0) >= WIDE
     return "map" if wide and jax.default_backend() == "cpu" else "vmap"
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from jaxrl_dist.configuration import ConfigurationError, check_configuration, require
 from jaxrl_dist.records import recording, tables
-from jaxrl_dist.running import problem, session
+from jaxrl_dist.running import folders, problem, session
 from jaxrl_dist.studies import study, sweeps
 from jaxrl_dist.wording import counted
 
@@ -57,8 +57,8 @@ def train(
     for field, axis in axes.items():
         for value in (axis.low, axis.high) if isinstance(axis, sweeps.Span) else axis:
             check_configuration(dataclasses.replace(config, **{field: value}))
-    folder = session.folder_of(algorithm, options)
-    with session.claim(folder, options, record="study.json"):
+    folder = folders.folder_of(algorithm, options)
+    with folders.claim(folder, options, record="study.json"):
         about = {"fields": list(axes), "configurations": [], "axes": axes, "sweep": dataclasses.asdict(sweep)}
         study.write_or_compare(folder, algorithm, options, config, about, "axes")
         record = study.read(folder, {"sweep.sweep_seed": int})

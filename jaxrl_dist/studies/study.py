@@ -30,7 +30,7 @@ from rich.table import Table
 
 from jaxrl_dist.configuration import require
 from jaxrl_dist.records import plotting, recording
-from jaxrl_dist.running import hosts, memory, problem, resuming, session, training
+from jaxrl_dist.running import folders, hosts, memory, problem, resuming, session, training
 from jaxrl_dist.running.catalog import display_name
 from jaxrl_dist.studies import sweeps
 from jaxrl_dist.wording import counted
@@ -62,8 +62,8 @@ def train(
     problems = {number: problem.prepare(algorithm, make_agent, one, options) for number, one in enumerate(configs)}
     rungs = sweeps.rungs(len(found), options.total_steps, sweep)
     ends = _iterations(problems, rungs, sweep)
-    folder = session.folder_of(algorithm, options)
-    with session.claim(folder, options, record="study.json"):
+    folder = folders.folder_of(algorithm, options)
+    with folders.claim(folder, options, record="study.json"):
         about = {
             "fields": list(dict.fromkeys(field for values in found for field in values)),
             "configurations": [{"configuration": number, **values} for number, values in enumerate(found)],
@@ -199,7 +199,8 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     equal = ranking
     if "rung" in results:  # all configurations after the same training: at the end of the first rung
         equal = sweeps.ranking(results[results.rung == 0], fields, metric)
-        title = f"{title}, after {equal.env_steps.max():,} env steps"
+        axis = recording.axis_of(results)
+        title = f"{title}, after {equal[axis].max():,} {axis.replace('_', ' ')}"
     plotting.response(equal, fields, folder / "response.png", title=title, metric=metric)
     console.print(f"results in {folder}")
 
@@ -275,13 +276,14 @@ def _iterations(
         key = sweeps.static_fields(one.config)
         if key in by_group:
             continue
+        clock = one.agent().clock
         ends = by_group[key] = [session.leg_end(one, rung.env_steps) for rung in rungs]
         for index, (before, end) in enumerate(zip([0, *ends], ends, strict=False)):
             require(
                 before < end,
                 f"--sweep-halving is {sweep.sweep_halving} with {len(rungs)} rungs, of which rung {index} ends at "
-                f"{rungs[index].env_steps:,} env steps: too early for an evaluation of its own after the "
-                f"{one.config.warmup_steps:,} steps of the warm-up; lower --sweep-rungs, --eval-every or "
+                f"{rungs[index].env_steps:,} {clock.unit}: too early for an evaluation of its own after the "
+                f"{clock.warmup_steps:,} steps of the warm-up; lower --sweep-rungs, --eval-every or "
                 "--warmup-steps, or raise --total-steps",
             )
     return {number: by_group[sweeps.static_fields(one.config)] for number, one in problems.items() if by_group}
@@ -299,7 +301,8 @@ def _print_plan(console: Console, folder: Path, problems, rungs: Sequence[sweeps
         steps = [0, *(rung.env_steps for rung in rungs)]
         part = sum(rung.size * (rung.env_steps - before) for rung, before in zip(rungs, steps, strict=False))
         part /= rungs[0].size * options.total_steps
-        console.print(f"successive halving: {stages} env steps, {part:.0%} of training all to the end")
+        unit = problems[0].agent().clock.unit
+        console.print(f"successive halving: {stages} {unit}, {part:.0%} of training all to the end")
 
 
 def _print_ranking(
@@ -312,7 +315,7 @@ def _print_ranking(
     rows = ranking.head(SHOWN_ROWS).map(lambda x: "" if x != x else f"{x:.4g}" if isinstance(x, float) else str(x))
     if "low" in rows:
         rows["low"] = [low and f"[{low}, {high}]" for low, high in zip(rows.low, rows.high, strict=True)]
-    rows = rows.drop(columns=["high", "env_steps"], errors="ignore")
+    rows = rows.drop(columns=["high", "env_steps", "updates"], errors="ignore")
     for column, cells in rows.items():
         name, widest = names.get(column, column.replace("_", " ")), max(map(len, cells)) if column != "low" else 0
         table.add_column(name, justify="right", overflow="fold", min_width=widest)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from jaxrl_dist.configuration import Bounds, ConfigurationError, Natural, Seed, check_configuration, option, require
-from jaxrl_dist.records import statistics
+from jaxrl_dist.records import recording, statistics
 from jaxrl_dist.running.arguments import HELP, read, whole_number
 from jaxrl_dist.wording import alternatives, nearest
 
@@ -336,12 +336,13 @@ def ranking(results: pd.DataFrame, fields: Sequence[str], metric: str = "evaluat
     every seed at the end (`standings`).
 
     Under successive halving (`results` with a column `rung`) those that came further stand first, whatever their
-    scores, since scores after unequal training do not compare; `rung` and `env_steps` say how far that was. `best` is
-    then among those of the last rung, and empty for the others and where only one is left.
+    scores, since scores after unequal training do not compare; `rung` and `env_steps` (or updates) say how far that
+    was. `best` is then among those of the last rung, and empty for the others and where only one is left.
     """
     scores, standing = _last_scores(results, metric), standings(results, metric)
-    further = ["rung", "env_steps"] if "rung" in results else []
-    last = results.sort_values("env_steps").drop_duplicates("configuration", keep="last").set_index("configuration")
+    axis = recording.axis_of(results)
+    further = ["rung", axis] if "rung" in results else []
+    last = results.sort_values(axis).drop_duplicates("configuration", keep="last").set_index("configuration")
     rows = last[[*further, *fields]].sort_index()
     rows[metric] = _means(scores)
     if scores.shape[1] > 1:
@@ -383,7 +384,8 @@ def score(results: pd.DataFrame, configuration: int) -> float | None:
 
 def _last_scores(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The metric at each configuration's own last evaluation, `[configurations, seeds]`, NaN where it is not finite."""
-    last = results[results.env_steps == results.groupby("configuration").env_steps.transform("max")]
+    axis = recording.axis_of(results)
+    last = results[results[axis] == results.groupby("configuration")[axis].transform("max")]
     scores = last.pivot(index="configuration", columns="seed", values=metric).astype(float)
     return scores.where(np.isfinite(scores)).reindex(columns=sorted(results.seed.unique()))
 

@@ -85,8 +85,8 @@ def probe_errors(name: str, env=None, cases=CASES, iterations=900, **settings) -
         agent = ALGORITHMS[name].make_agent(config, env, params)
         state = agent.init(jax.random.key(1))
         state = jax.lax.fori_loop(0, iterations, lambda _, state: agent.step(state)[0], state)
-        action = agent.act(state, OBSERVATIONS, jax.random.key(0))
-        value = law.mean(agent.predict(state, OBSERVATIONS, action))
+        action = agent.policy.act(state, OBSERVATIONS, (), jax.random.key(0))[0]
+        value = law.mean(agent.claim.law(state, OBSERVATIONS, action))
         value_error = jnp.abs(value - env.action_value(params, OBSERVATIONS, action, discount))
         return value_error, jnp.abs(action - env.optimal_action(params, OBSERVATIONS))[:, 0]
 
@@ -270,8 +270,8 @@ def test_state_keeps_its_structure_and_counts_are_right(name, settings):
         assert not jnp.issubdtype(leaf.dtype, jnp.floating) or np.isfinite(leaf).all()
 
     steps = config.num_envs * config.steps_per_iteration
-    assert (agent.steps_per_iteration, agent.updates_per_iteration) == (steps, config.updates_per_iteration)
-    assert agent.warmup_steps == 24
+    assert (agent.clock.env_steps, agent.clock.updates) == (steps, config.updates_per_iteration)
+    assert agent.clock.warmup_steps == 24
     assert state.experience.replay.size == 24 + iterations * steps
     updates = iterations * config.updates_per_iteration
     actor_updates = updates // getattr(config, "policy_delay", 1)
@@ -298,7 +298,7 @@ def test_state_keeps_its_structure_and_counts_are_right(name, settings):
 @every_algorithm
 def test_warmup_is_rounded_up_to_whole_steps_of_all_environments(name):
     agent, _ = small_agent(name, warmup_steps=25, num_envs=4)
-    assert agent.warmup_steps == 28
+    assert agent.clock.warmup_steps == 28
     state = jax.eval_shape(agent.init, jax.random.key(0))
     assert state.experience.replay.rows.reward.shape == (120,)
     assert state.experience.interaction.observation.shape == (4, 3)
@@ -361,13 +361,14 @@ def test_observations_are_normalised_wherever_the_networks_see_them(started):
     plain = state._replace(experience=state.experience._replace(normalizer=None))
     normalized = normalization.normalize(statistics, observation)
     for one, two in (
-        (agent.act(state, observation, jax.random.key(0)), agent.act(plain, normalized, jax.random.key(0))),
-        (agent.predict(state, observation, action), agent.predict(plain, normalized, action)),
-        (agent.target_policy(state, observation, jax.random.key(0)),
-         agent.target_policy(plain, normalized, jax.random.key(0))),
+        (agent.policy.act(state, observation, (), jax.random.key(0)),
+         agent.policy.act(plain, normalized, (), jax.random.key(0))),
+        (agent.claim.law(state, observation, action), agent.claim.law(plain, normalized, action)),
+        (agent.claim.policy(state, observation, jax.random.key(0)),
+         agent.claim.policy(plain, normalized, jax.random.key(0))),
     ):  # fmt: skip
         jax.tree.map(np.testing.assert_array_equal, one, two)
-    raw, predicted = (law.mean(agent.predict(s, observation, action)) for s in (plain, state))
+    raw, predicted = (law.mean(agent.claim.law(s, observation, action)) for s in (plain, state))
     assert not np.array_equal(raw, predicted)
 
 
@@ -380,11 +381,11 @@ def test_actions_and_predictions(started):
         outputs = np.concatenate(actor.apply(state.learner.actor, inputs.astype(np.float32)), axis=1)
     else:
         outputs = by_hand.forward(by_hand.network(state.learner.actor), 0, inputs)[-1]
-    action = agent.act(state, observation, jax.random.key(0))
+    action = agent.policy.act(state, observation, (), jax.random.key(0))[0]
     np.testing.assert_allclose(action, np.tanh(outputs[:, :2]), rtol=1e-3, atol=1e-5)
-    np.testing.assert_array_equal(action, agent.act(state, observation, jax.random.key(1)))
+    np.testing.assert_array_equal(action, agent.policy.act(state, observation, (), jax.random.key(1))[0])
 
-    followed, bonus = agent.target_policy(state, observation, jax.random.key(0))
+    followed, bonus = agent.claim.policy(state, observation, jax.random.key(0))
     scale = getattr(config, "reward_scale", 1.0)
     if name == "stac":  # units are dropped while training, not in evaluation
         dropout = {"dropout": jax.random.split(jax.random.key(0))[1]}
@@ -404,7 +405,7 @@ def test_actions_and_predictions(started):
         else:
             np.testing.assert_array_equal(followed, action)
 
-    atoms, masses = agent.predict(state, observation, action)
+    atoms, masses = agent.claim.law(state, observation, action)
     if name in GAUSSIAN:
         bounds = (config.min_std, config.max_std) if name == "dsac" else ()
         critic = ALGORITHMS[name].Critic(config.critic_hidden, *([2] if name == "dsac_t" else []))
@@ -429,7 +430,7 @@ def test_exported_policy_is_the_evaluation_policy(started, tmp_path):
     observation = jax.random.normal(jax.random.key(5), (7, 3))
     portable.save_policy(tmp_path / "policy.npz", agent.export(state), np.full(2, -3.0), np.full(2, 5.0))
     exported = portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation))
-    action = agent.act(state, observation, jax.random.key(0))
+    action = agent.policy.act(state, observation, (), jax.random.key(0))[0]
     np.testing.assert_allclose(exported, 1 + 4 * np.asarray(action), rtol=1e-4, atol=1e-5)
 
 

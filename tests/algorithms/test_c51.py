@@ -123,7 +123,7 @@ def test_support_reaches_from_v_min_to_v_max():
     def predict(key):
         state = agent.init(key)
         observation = state.experience.interaction.observation
-        return agent.predict(state, observation, jnp.zeros(2, jnp.int32))
+        return agent.claim.law(state, observation, jnp.zeros(2, jnp.int32))
 
     law = by_hand.quick(predict)(jax.random.key(0))
     np.testing.assert_allclose(law.atoms, [[-3, -1, 1, 3, 5]] * 2)

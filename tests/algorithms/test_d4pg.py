@@ -60,7 +60,7 @@ def test_critic_outputs_are_logits_of_the_atoms():
     critic = jax.tree.map(lambda x: jnp.zeros(x.shape), state.learner.critic)
     critic["params"]["mlp"]["layers"]["bias_0"] = jnp.array([[0, 1, 2, 0, -1.0]])
     state = state._replace(learner=state.learner._replace(critic=critic))
-    law = agent.predict(state, jnp.ones((3, 3)), jnp.ones((3, 2)))
+    law = agent.claim.law(state, jnp.ones((3, 3)), jnp.ones((3, 2)))
     np.testing.assert_allclose(law.atoms, jnp.tile(SUPPORT, (3, 1)))
     np.testing.assert_allclose(laws.mean(law), np.full(3, -0.2390758), rtol=1e-5)
 
@@ -132,11 +132,11 @@ def test_actor_takes_a_risk_that_pays_only_when_neutral(risk, low, high):
         updates_per_iteration=500, v_min=-6.0, v_max=8.0, num_atoms=57, risk=risk,
     )  # fmt: skip
     state, metrics = by_hand.quick(lambda key: agent.step(agent.init(key)))(jax.random.key(0))
-    action = agent.act(state, jnp.ones((1, 1)), jax.random.key(0))
+    action = agent.policy.act(state, jnp.ones((1, 1)), (), jax.random.key(0))[0]
     assert low <= action[0, 0] <= high
     assert metrics["clipped_mass"].total / metrics["clipped_mass"].count < 0.01
     # The critic learns the same law whatever the actor makes of it.
-    law = agent.predict(state, jnp.ones((2, 1)), jnp.array([[-0.4], [0.5]]))
+    law = agent.claim.law(state, jnp.ones((2, 1)), jnp.array([[-0.4], [0.5]]))
     np.testing.assert_allclose(laws.mean(law), [-0.4, 0.5], atol=0.25)
     np.testing.assert_allclose(jnp.sqrt(laws.variance(law)), [0.4, 1.15], atol=0.3)
 

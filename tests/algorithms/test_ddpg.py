@@ -111,7 +111,7 @@ def test_noise_starts_anew_with_each_episode_and_the_replay_holds_what_was_done(
         _, act_key, _ = jax.random.split(jax.random.clone(state.key), 3)
         observation, noise = state.experience.interaction.observation, state.noise
         noise = 0.85 * noise + 0.2 * jax.random.normal(act_key, (8, 2))
-        mean = agent.act(state, observation, jax.random.key(0))
+        mean = agent.policy.act(state, observation, (), jax.random.key(0))[0]
         position = int(state.experience.replay.position)
         state, _ = step(state)
         rows = jax.tree.map(lambda x: x[position : position + 8], state.experience.replay.rows)
@@ -235,9 +235,9 @@ def test_actor_finds_the_best_arm_of_a_quadratic_bandit():
         critic_hidden=(32, 32), actor_learning_rate=1e-3, critic_learning_rate=1e-3, updates_per_iteration=500,
     )  # fmt: skip
     state, _ = by_hand.quick(lambda key: agent.step(agent.init(key)))(jax.random.key(0))
-    action = agent.act(state, jnp.ones((1, 1)), jax.random.key(0))
+    action = agent.policy.act(state, jnp.ones((1, 1)), (), jax.random.key(0))[0]
     assert action[0, 0] == pytest.approx(0.5, abs=0.05)
     for guess in (0.0, 0.5, 0.8):
-        predicted = agent.predict(state, jnp.ones((1, 1)), jnp.full((1, 1), guess))
+        predicted = agent.claim.law(state, jnp.ones((1, 1)), jnp.full((1, 1), guess))
         np.testing.assert_array_equal(predicted.masses, [[1]])
         assert predicted.atoms[0, 0] == pytest.approx(-((guess - 0.5) ** 2), abs=0.03)

@@ -448,7 +448,7 @@ def test_prediction_is_the_critic_with_the_smallest_mean(started):
     state = state._replace(experience=state.experience._replace(normalizer=None))
     observation = 3 * np.random.default_rng(0).normal(size=(40, 3))
     action = np.random.default_rng(1).uniform(-1, 1, (40, 2))
-    atoms, masses = by_hand.quick(agent.predict)(state, *(jnp.asarray(x, jnp.float32) for x in (observation, action)))
+    atoms, masses = by_hand.quick(agent.claim.law)(state, *(jnp.asarray(x, jnp.float32) for x in (observation, action)))
     _, mean, std, _ = slow_moments(by_hand.network(state.learner.critic), observation, action)
     smallest = mean.argmin(0)
     assert len(np.unique(smallest)) > 1 or config.num_critics == 1

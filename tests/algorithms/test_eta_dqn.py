@@ -117,7 +117,7 @@ def test_ties_in_acting_targets_and_exported_policies(tmp_path):
     agent, config = small_agent(num_quantiles=2, epsilon_start=0.0, epsilon_end=0.0, hindsight=False)
     state = laws_of(by_hand.quick(agent.init)(jax.random.key(2)), [[20.0, 20], [20, 40], [30, 40]])
     observation = jax.random.normal(jax.random.key(5), (8, 4))
-    np.testing.assert_array_equal(agent.act(state, observation, jax.random.key(0)), 2)
+    np.testing.assert_array_equal(agent.policy.act(state, observation, (), jax.random.key(0))[0], 2)
     portable.save_policy(tmp_path / "policy.npz", agent.export(state))
     np.testing.assert_array_equal(portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation)), 2)
     sample_key = jax.random.split(jax.random.split(jax.random.clone(state.key), 3)[0])[1]
@@ -225,11 +225,11 @@ def test_probes():
         state = jax.lax.fori_loop(0, 700, lambda _, state: agent.step(state)[0], agent.init(jax.random.key(1)))
 
         def error(action):
-            atoms, masses = agent.predict(state, observation, jnp.full(6, action))
+            atoms, masses = agent.claim.law(state, observation, jnp.full(6, action))
             expected = inner.action_value(params.inner, observation[:, :1], jnp.full(6, action), 0.7)
             return jnp.abs((atoms * masses).sum(-1) - expected)
 
-        wrong = agent.act(state, observation, jax.random.key(0)) != inner.optimal_action(
+        wrong = agent.policy.act(state, observation, (), jax.random.key(0))[0] != inner.optimal_action(
             params.inner, observation[:, :1]
         )
         return jnp.maximum(error(0), error(1)), wrong
@@ -254,7 +254,7 @@ def test_state_keeps_its_structure_and_counts_are_right():
     assert jax.tree.structure(after) == jax.tree.structure(start)
     for one, other in zip(jax.tree.leaves(start), jax.tree.leaves(after), strict=True):
         assert (one.shape, one.dtype, one.weak_type) == (other.shape, other.dtype, False)
-    assert (agent.steps_per_iteration, agent.updates_per_iteration, agent.warmup_steps) == (12, 1, 24)
+    assert (agent.clock.env_steps, agent.clock.updates, agent.clock.warmup_steps) == (12, 1, 24)
     assert start.experience.interaction.observation.shape == (4, 4)
     names = {"episode_return", "episode_length", "loss", "value", "target", "gradient_norm", "crossings"}
     assert metrics.keys() == names
@@ -298,13 +298,13 @@ def test_the_policy_maximises_the_utility_of_the_predicted_laws(utility, started
     agent, _ = small_agent(utility=utility)
     values = np.zeros((60, 3))
     for action in range(3):
-        atoms, masses = (np.asarray(x, np.float64) for x in agent.predict(state, observation, jnp.full(60, action)))
+        atoms, masses = (np.asarray(x, np.float64) for x in agent.claim.law(state, observation, jnp.full(60, action)))
         np.testing.assert_allclose(masses, 1 / 6)
         values[:, action] = UTILITIES[utility](np.asarray(observation)[:, -1:] + atoms).mean(1)
-    action = np.asarray(agent.act(state, observation, jax.random.key(0)))
+    action = np.asarray(agent.policy.act(state, observation, (), jax.random.key(0))[0])
     assert action.dtype == np.int32
     np.testing.assert_allclose(values[np.arange(60), action], values.max(1), rtol=1e-5, atol=1e-5)
-    followed, bonus = agent.target_policy(state, observation, jax.random.key(1))
+    followed, bonus = agent.claim.policy(state, observation, jax.random.key(1))
     np.testing.assert_array_equal(followed, action)
     np.testing.assert_array_equal(bonus, np.zeros(60))
     exported = agent.export(state)
@@ -320,7 +320,9 @@ def test_exported_policy_is_the_evaluation_policy(hidden, tmp_path):
         agent, _ = small_agent(hidden=hidden, utility=utility)
         portable.save_policy(tmp_path / "policy.npz", agent.export(state))
         exported = portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation))
-        np.testing.assert_array_equal(exported, agent.act(state, observation, jax.random.key(0)), err_msg=utility)
+        np.testing.assert_array_equal(
+            exported, agent.policy.act(state, observation, (), jax.random.key(0))[0], err_msg=utility
+        )
 
 
 def test_importing_the_agent_does_not_start_jax():
@@ -343,7 +345,7 @@ def test_the_stock_matters_to_utilities_alone(started):
     moved = observation.at[:, -1].add(4)
     for utility, same in (("mean", True), ("target", False)):
         agent, _ = small_agent(utility=utility)
-        actions = [np.asarray(agent.act(state, x, jax.random.key(0))) for x in (observation, moved)]
+        actions = [np.asarray(agent.policy.act(state, x, (), jax.random.key(0))[0]) for x in (observation, moved)]
         assert np.array_equal(*actions) == same
 
 
@@ -364,7 +366,7 @@ def test_targets_bootstrap_at_a_truncation_and_not_at_a_termination():
             return target.total / target.count
 
         successor = row.next_observation[None]
-        atoms, masses = agent.predict(state, successor, agent.act(state, successor, jax.random.key(0)))
+        atoms, masses = agent.claim.law(state, successor, agent.policy.act(state, successor, (), jax.random.key(0))[0])
         return row.reward, (atoms * masses).sum(), jax.lax.map(mean_target, flags)
 
     reward, following, targets = jax.device_get(by_hand.quick(mean_targets)(jax.random.key(0)))
@@ -464,11 +466,13 @@ def test_learns_the_gamble():
         state = jax.tree.map(lambda x, i=seed: x[i], states)
         # With -2 + 4 no action of the last stage can fall short: the tie goes to the larger mean, as in the planner.
         for c, expected in ((-8.0, (1, 1)), (-5.0, (1, 0)), (-2.0, (0, 1))):
-            actions = [int(agent.act(state, seen(s, [c + x]), jax.random.key(0))[0]) for s, x in ((1, 0), (2, 4))]
+            actions = [
+                int(agent.policy.act(state, seen(s, [c + x]), (), jax.random.key(0))[0][0]) for s, x in ((1, 0), (2, 4))
+            ]
             assert tuple(actions) == expected, (seed, c)
         start = seen(0, c0)
-        best = agent.act(state, start, jax.random.key(0))
-        atoms = np.asarray(agent.predict(state, start, best).atoms)
+        best = agent.policy.act(state, start, (), jax.random.key(0))[0]
+        atoms = np.asarray(agent.claim.law(state, start, best).atoms)
         promised = -c0 + np.minimum(c0[:, None] + atoms, 0).mean(1) / 0.5
         assert 1.7 <= promised.max() <= 2.1, seed
         # And the evaluation of any agent, from the best stock: half of the episodes average 2.

@@ -49,7 +49,7 @@ def learned(algorithm, **settings) -> Law:
         agent = algorithm.make_agent(config, env, params)
         state, _ = jax.lax.scan(phase, agent.init(key), jnp.array(STEP_SIZES))
         observation, action = jnp.repeat(jnp.eye(5), 2, axis=0), jnp.tile(jnp.arange(2), 5)
-        return jax.tree.map(lambda x: x.reshape(5, 2, -1), agent.predict(state, observation, action))
+        return jax.tree.map(lambda x: x.reshape(5, 2, -1), agent.claim.law(state, observation, action))
 
     return by_hand.quick(train)(config, jax.random.key(0))
 

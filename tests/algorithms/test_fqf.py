@@ -337,8 +337,8 @@ def test_updates_equal_loops_in_numpy(settings):
     nets, inputs = network_of(state.learner.network), jnp.asarray(observation, jnp.float32)
     masses, middles, _, _ = slow_staircase(nets, observation)
     atoms, _ = implicit_by_hand.forward(nets, observation, middles)
-    action = agent.act(state, inputs, jax.random.key(0))
+    action = agent.policy.act(state, inputs, (), jax.random.key(0))[0]
     np.testing.assert_array_equal(action, (atoms * masses[:, None]).sum(-1).argmax(-1))
-    found = agent.predict(state, inputs, action)
+    found = agent.claim.law(state, inputs, action)
     np.testing.assert_allclose(found.atoms, atoms[np.arange(50), action], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.masses, masses, rtol=1e-3, atol=1e-5)

@@ -154,10 +154,10 @@ def test_risk_distorts_what_acts_but_not_what_is_predicted():
     averse, _ = implicit_by_hand.forward(network_of(network), observation, 0.3 * middles)
     plain, _ = implicit_by_hand.forward(network_of(network), observation, middles)
     inputs = jnp.asarray(observation, jnp.float32)
-    action = agent.act(state, inputs, jax.random.key(0))
+    action = agent.policy.act(state, inputs, (), jax.random.key(0))[0]
     np.testing.assert_array_equal(action, averse.mean(-1).argmax(-1))
     assert (np.asarray(action) != plain.mean(-1).argmax(-1)).any()
-    law = agent.predict(state, inputs, action)
+    law = agent.claim.law(state, inputs, action)
     np.testing.assert_allclose(law.atoms, plain[np.arange(200), action], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(law.masses, np.full((200, 3), 1 / 3), rtol=1e-6)
     assert config.risk == "cvar:0.3"

@@ -52,7 +52,7 @@ def test_particles_start_apart():
     def predict(key):
         state = agent.init(key)
         observation = state.experience.interaction.observation
-        return agent.predict(state, observation, jnp.arange(2)).atoms
+        return agent.claim.law(state, observation, jnp.arange(2)).atoms
 
     particles = np.asarray(by_hand.quick(predict)(jax.random.key(0)))
     assert len(np.unique(particles)) == 40

@@ -131,7 +131,7 @@ def test_risk_is_not_offered():
         state = agent.init(key)
         observation, action = state.experience.interaction.observation, jnp.array([2, 0])
         logits = os_c51.Network(config.hidden, 3, 5).apply(state.learner.network, observation)
-        return agent.predict(state, observation, action), logits[jnp.arange(2), action]
+        return agent.claim.law(state, observation, action), logits[jnp.arange(2), action]
 
     law, logits = by_hand.quick(predict)(jax.random.key(0))
     np.testing.assert_allclose(law.atoms[:, 0], by_hand.softmax(np.asarray(logits)) @ [-3, -1, 1, 3, 5], rtol=1e-5)

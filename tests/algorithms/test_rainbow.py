@@ -134,8 +134,8 @@ def test_noise_is_drawn_anew_for_every_layer_step_and_use(monkeypatch):
     # Evaluation and prediction take the mean weights.
     drawn.clear()
     observation = jnp.ones((1, 3))
-    action = agent.act(state, observation, jax.random.key(0))
-    agent.predict(state, observation, action)
+    action = agent.policy.act(state, observation, (), jax.random.key(0))[0]
+    agent.claim.law(state, observation, action)
     jax.effects_barrier()
     assert not drawn
     # What multiplies the noise is learned.

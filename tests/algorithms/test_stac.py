@@ -497,11 +497,11 @@ def test_updates_equal_loops_in_numpy(tiny, actor_dropout, critic_dropout):
 
     # Evaluation and predictions drop nothing.
     outputs, _ = forward(network(after.actor), np.asarray(rows.observation), [1, 1], 0)
-    acted = agent.act(state, rows.observation, jax.random.key(0))
+    acted = agent.policy.act(state, rows.observation, (), jax.random.key(0))[0]
     np.testing.assert_allclose(acted, np.tanh(outputs[:, :2]), rtol=1e-3, atol=1e-5)
     observation, action = (np.asarray(x, np.float64) for x in (rows.observation, rows.action))
     mean, std, _, _ = slow_moments(network(after.critic), observation, action, [1, 1], 0)
-    law = agent.predict(state, rows.observation, rows.action)
+    law = agent.claim.law(state, rows.observation, rows.action)
     np.testing.assert_allclose(laws.mean(law), mean, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(jnp.sqrt(laws.variance(law)), std, rtol=0.02)
 
@@ -530,8 +530,8 @@ def test_actor_takes_a_risk_that_pays_only_without_pessimism():
     def train(pessimism):
         agent = stac.make_agent(dataclasses.replace(config, pessimism=pessimism), env, env.default_params)
         state, _ = agent.step(agent.init(jax.random.key(0)))
-        action = agent.act(state, jnp.ones((1, 1)), jax.random.key(0))
-        return action[0, 0], agent.predict(state, jnp.ones((2, 1)), jnp.array([[-0.4], [0.5]]))
+        action = agent.policy.act(state, jnp.ones((1, 1)), (), jax.random.key(0))[0]
+        return action[0, 0], agent.claim.law(state, jnp.ones((2, 1)), jnp.array([[-0.4], [0.5]]))
 
     (indifferent, pessimistic), law = by_hand.quick(lambda betas: jax.lax.map(train, betas))(jnp.array([0.0, 1.0]))
     assert 0.8 < indifferent <= 1

@@ -95,11 +95,13 @@ def probe_errors(name: str, env=None, cases=CASES, iterations=700, **settings) -
 
         def error(action):
             actions = jnp.full(3, action)
-            atoms, masses = agent.predict(state, OBSERVATIONS, actions)
+            atoms, masses = agent.claim.law(state, OBSERVATIONS, actions)
             expected = env.action_value(params, OBSERVATIONS, actions, discount)
             return jnp.abs((atoms * masses).sum(-1) - expected)
 
-        wrong = agent.act(state, OBSERVATIONS, jax.random.key(0)) != env.optimal_action(params, OBSERVATIONS)
+        wrong = agent.policy.act(state, OBSERVATIONS, (), jax.random.key(0))[0] != env.optimal_action(
+            params, OBSERVATIONS
+        )
         return jnp.maximum(error(0), error(1)), wrong
 
     numbers = jnp.array([CASES.index(case) for case in cases])
@@ -279,7 +281,7 @@ def test_state_keeps_its_structure_counts_are_right_and_targets_are_copied_when_
     learner, state, (networks, targets, metrics) = jax.device_get(by_hand.quick(run)(jax.random.key(0)))
     for leaf in jax.tree.leaves((state, metrics)):
         assert not jnp.issubdtype(leaf.dtype, jnp.floating) or np.isfinite(leaf).all()
-    assert (agent.steps_per_iteration, agent.updates_per_iteration, agent.warmup_steps) == (12, 1, 24)
+    assert (agent.clock.env_steps, agent.clock.updates, agent.clock.warmup_steps) == (12, 1, 24)
     assert state.env_steps == state.experience.replay.size == 24 + 12 * iterations
     assert state.learner.updates == iterations
     assert METRICS | MORE_METRICS.get(name, set()) == metrics.keys()
@@ -303,7 +305,7 @@ def test_state_keeps_its_structure_counts_are_right_and_targets_are_copied_when_
 @every_algorithm
 def test_warmup_is_rounded_up_to_whole_steps_of_all_environments(name):
     agent, _ = small_agent(name, warmup_steps=25, num_envs=4)
-    assert agent.warmup_steps == 28
+    assert agent.clock.warmup_steps == 28
     state = jax.eval_shape(agent.init, jax.random.key(0))
     assert state.experience.replay.rows.reward.shape == (120,)
     assert state.experience.replay.rows.action.dtype == jnp.int32
@@ -328,7 +330,7 @@ def test_share_of_random_actions_falls_in_a_line(name):
             state = blind_to_fractions(state)
         state, _ = agent.step(state)
         rows = state.experience.replay.rows
-        return rows.action, agent.act(state, rows.observation, jax.random.key(0))
+        return rows.action, agent.policy.act(state, rows.observation, (), jax.random.key(0))[0]
 
     action, greedy = (np.asarray(x).reshape(6, 1500) for x in by_hand.quick(run)(jax.random.key(0)))
     epsilon = np.array([1, 0.7, 0.5, 0.3, 0.1, 0.1])  # warm-up, then by the steps of all environments so far
@@ -388,7 +390,7 @@ def test_predictions_are_laws_whose_value_the_policy_maximises(started):
     state = larger_weights(name, state)
     for variant in variants(name):
         agent, _ = small_agent(name, env, **settings, **variant)
-        laws = [agent.predict(state, observation, jnp.full(60, action)) for action in range(3)]
+        laws = [agent.claim.law(state, observation, jnp.full(60, action)) for action in range(3)]
         values = np.zeros((60, 3))
         for action, law in enumerate(laws):
             atoms, masses = (np.asarray(x, np.float64) for x in law)
@@ -397,13 +399,13 @@ def test_predictions_are_laws_whose_value_the_policy_maximises(started):
             assert (masses >= 0).all()
             for row in range(60):
                 values[row, action] = risk_value(variant.get("risk", "neutral"), atoms[row], masses[row])
-        action = np.asarray(agent.act(state, observation, jax.random.key(0)))
+        action = np.asarray(agent.policy.act(state, observation, (), jax.random.key(0))[0])
         assert action.dtype == np.int32
         if name != "iqn" or not variant["risk"].startswith("cvar"):  # it reads its quantiles elsewhere, see its test
             np.testing.assert_allclose(values[np.arange(60), action], values.max(1), rtol=1e-5, atol=1e-5)
         # Another key changes nothing, and the policy that is learned is the one that is evaluated.
-        np.testing.assert_array_equal(action, agent.act(state, observation, jax.random.key(1)))
-        followed, bonus = agent.target_policy(state, observation, jax.random.key(0))
+        np.testing.assert_array_equal(action, agent.policy.act(state, observation, (), jax.random.key(1))[0])
+        followed, bonus = agent.claim.policy(state, observation, jax.random.key(0))
         np.testing.assert_array_equal(followed, action)
         np.testing.assert_array_equal(bonus, np.zeros(60))
 
@@ -416,7 +418,9 @@ def test_exported_policy_is_the_evaluation_policy(started, tmp_path):
         agent, _ = small_agent(name, env, **settings, **variant)
         portable.save_policy(tmp_path / "policy.npz", agent.export(state))
         exported = portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation))
-        np.testing.assert_array_equal(exported, agent.act(state, observation, jax.random.key(0)), err_msg=str(variant))
+        np.testing.assert_array_equal(
+            exported, agent.policy.act(state, observation, (), jax.random.key(0))[0], err_msg=str(variant)
+        )
         chosen.append(exported)
     assert len(np.unique(chosen[0])) > 1
     for risk_averse in chosen[1:]:
@@ -431,7 +435,7 @@ def test_exported_policy_with_the_other_kind_of_head(name, dueling, tmp_path):
     portable.save_policy(tmp_path / "policy.npz", agent.export(state))
     exported = portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation))
     assert len(np.unique(exported)) > 1
-    np.testing.assert_array_equal(exported, agent.act(state, observation, jax.random.key(0)))
+    np.testing.assert_array_equal(exported, agent.policy.act(state, observation, (), jax.random.key(0))[0])
 
 
 def test_parameters_differ_from_seed_to_seed(started):
@@ -471,8 +475,8 @@ def test_targets_bootstrap_at_a_truncation_and_not_at_a_termination(name):
             return target.total / target.count
 
         successor = row.next_observation[None]
-        best = agent.act(state, successor, jax.random.key(0))
-        atoms, masses = agent.predict(state, successor, best)
+        best = agent.policy.act(state, successor, (), jax.random.key(0))[0]
+        atoms, masses = agent.claim.law(state, successor, best)
         return row.reward, (atoms * masses).sum(), jax.lax.map(mean_target, flags)
 
     reward, next_value, targets = jax.device_get(by_hand.quick(mean_targets)(jax.random.key(0)))

@@ -35,7 +35,7 @@ def trained(request, tmp_path_factory):
     def init_and_act(key):
         init_key, act_key = jax.random.split(key)
         state = agent.init(init_key)
-        return state, agent.act(state, jnp.asarray(OBSERVATIONS), act_key)
+        return state, agent.policy.act(state, jnp.asarray(OBSERVATIONS), (), act_key)[0]
 
     state, action = init_and_act(jax.random.key(0))
     low, high = np.float32([-2, 1]), np.float32([2, 4])
@@ -127,7 +127,7 @@ def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
 
     state = jax.tree.map(random_weights, jax.eval_shape(agent.init, jax.random.key(0)))
     observations = generator.normal(0, 3, (300, *env.observation_space(params).shape)).astype(np.float32)
-    expected = np.asarray(jax.jit(agent.act)(state, observations, jax.random.key(1)))
+    expected = np.asarray(jax.jit(agent.policy.act)(state, observations, (), jax.random.key(1))[0])
     assert len(np.unique(expected)) > 1
     bounds = action_bounds(env, params)
     written = portable.export_program(agent, state, observations[0], *bounds)

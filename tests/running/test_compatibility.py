@@ -64,11 +64,13 @@ def trace(agent, env, params) -> None:
     assert all(types(metric) == ((), jnp.float32) for metric in jax.tree.leaves(metrics))
     row = interaction.transition_like(env, params)
     observation = jax.ShapeDtypeStruct((batch, *row.observation.shape), row.observation.dtype)
-    action = jax.eval_shape(agent.act, state, observation, key)
-    target_action, bonus = jax.eval_shape(agent.target_policy, state, observation, key)
+    memory = jax.eval_shape(lambda: agent.policy.start(batch))
+    action, remembered = jax.eval_shape(agent.policy.act, state, observation, memory, key)
+    assert types(remembered) == types(memory)
+    target_action, bonus = jax.eval_shape(agent.claim.policy, state, observation, key)
     assert types(action) == types(target_action) == ((batch, *row.action.shape), row.action.dtype)
     assert types(bonus) == ((batch,), jnp.float32)
-    law = jax.eval_shape(agent.predict, state, observation, action)
+    law = jax.eval_shape(agent.claim.law, state, observation, action)
     assert {x.shape[0] for x in jax.tree.leaves(law)} == {batch}
     assert jax.eval_shape(lambda state: numbers_of(agent.export(state)), state)
 

@@ -8,7 +8,7 @@ import pytest
 from gymnax.environments import spaces
 from toys import Toy, ToyParams, agents, at_home
 
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.distributional.law import Law, equally_weighted
 from jaxrl_dist.learning import interaction
 from jaxrl_dist.running import evaluation
@@ -16,8 +16,8 @@ from jaxrl_dist.running import evaluation
 PUSH = 0.25  # the constant action of the evaluation policy, in both components
 
 
-def fake_agent(act=None, target_policy=None, predict=None):
-    return Agent(None, None, act, target_policy, predict, None, 0, 1, 1)
+def acting(act) -> Agent:
+    return Agent(None, None, memoryless(act), None)
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ def fake_agent(act=None, target_policy=None, predict=None):
 
 @functools.partial(jax.jit, static_argnames=("episodes", "max_steps"))
 def evaluate(key, params, episodes=40, max_steps=100):
-    agent = fake_agent(act=lambda state, observation, key: jnp.full((observation.shape[0], 2), state))
+    agent = acting(lambda state, observation, key: jnp.full((observation.shape[0], 2), state))
     return evaluation.evaluate(agent, Toy(), params, PUSH, key, episodes=episodes, max_steps=max_steps)
 
 
@@ -137,13 +137,10 @@ def erratic(state, observation, key):
 
 @functools.partial(jax.jit, static_argnames=("policy", "spread"))
 def distributions(policy, params, discount, horizon, spread=8):
-    agent = fake_agent(
-        target_policy=policy,
-        predict=lambda state, observation, action: equally_weighted(jnp.concatenate([observation, action], -1)),
-    )
+    law = lambda state, observation, action: equally_weighted(jnp.concatenate([observation, action], -1))  # noqa: E731
     return evaluation.return_distributions(
-        agent, Walk(), params, None, jax.random.key(0),
-        discount=discount, states=STATES, rollouts=ROLLOUTS, horizon=horizon, spread=spread,
+        Claim(policy, law, discount), Walk(), params, None, jax.random.key(0), states=STATES, rollouts=ROLLOUTS,
+        horizon=horizon, spread=spread,
     )  # fmt: skip
 
 
@@ -229,7 +226,9 @@ def test_without_time_limit():
     assert endless.max_steps_in_episode > 10**9
     assert endless.longest == 9
     assert evaluation.without_time_limit(Toy(), object()) is None
-    assert "no max_steps_in_episode" in evaluation.no_calibration(Toy(), object())
+    claim = Claim(None, None, 0.9)
+    assert "no max_steps_in_episode" in evaluation.no_calibration(acting(None)._replace(claim=claim), Toy(), object())
+    assert "claims nothing" in evaluation.no_calibration(acting(None), Toy(), object())
 
 
 @pytest.mark.parametrize("limit", [7.0, jnp.int32(7), np.float32(7)])
@@ -284,8 +283,8 @@ def test_calibration_of_a_prediction_that_is_right_but_for_a_shift(shift):
     @jax.jit
     def calibrate(key):
         found = evaluation.return_distributions(
-            fake_agent(target_policy=steady, predict=predict), Walk(), WalkParams(end_probability=0.5), None, key,
-            discount=gamma, states=STATES, rollouts=ROLLOUTS, horizon=evaluation.horizon(gamma), spread=8,
+            Claim(steady, predict, gamma), Walk(), WalkParams(end_probability=0.5), None, key,
+            states=STATES, rollouts=ROLLOUTS, horizon=evaluation.horizon(gamma), spread=8,
         )  # fmt: skip
         return evaluation.calibration(found)
 
@@ -319,8 +318,8 @@ def calibration_of_the_exact_law(params, discount):
         return jnp.ones((observation.shape[0], 1)), jnp.zeros(observation.shape[0])
 
     found = evaluation.return_distributions(
-        fake_agent(target_policy=policy, predict=predict), Walk(), params, None, jax.random.key(0),
-        discount=discount, states=2, rollouts=2, horizon=evaluation.horizon(discount), spread=2,
+        Claim(policy, predict, discount), Walk(), params, None, jax.random.key(0),
+        states=2, rollouts=2, horizon=evaluation.horizon(discount), spread=2,
     )  # fmt: skip
     return evaluation.calibration(found)
 
@@ -378,12 +377,12 @@ def test_the_agents_that_learn_a_mean():
 
         def predict(key, agent=agent, env=env, env_params=env_params):
             observation, state = interaction.start(env, env_params, key, 3).observation, agent.init(key)
-            return agent.predict(state, observation, agent.act(state, observation, key))
+            return agent.claim.law(state, observation, agent.policy.act(state, observation, (), key)[0])
 
         with jax.debug_key_reuse(False):
             atoms = jax.eval_shape(predict, jax.random.key(0)).atoms.shape[-1]
-        found[name] = agent.learns_mean
+        found[name] = agent.claim.learns_mean
         # With these settings nothing else has so few; the number alone says nothing, since there may be one quantile.
-        assert agent.learns_mean == (atoms <= 2), name
+        assert agent.claim.learns_mean == (atoms <= 2), name
     assert {name for name, learns_mean in found.items() if learns_mean} == {"dqn", "os_c51", "ddpg", "td3", "sac"}
     assert len(found) == 17

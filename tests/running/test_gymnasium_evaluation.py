@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from types import SimpleNamespace
 
 import gymnasium
 import jax
@@ -13,6 +12,7 @@ import scipy.stats
 from rich.console import Console
 
 from jaxrl_dist import cli, envs
+from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.algorithms.actor_critic import sac
 from jaxrl_dist.learning import interaction, portable
 from jaxrl_dist.running import evaluation, problem, session
@@ -172,7 +172,7 @@ def returns_in_gymnax(env_id, weights, bias, episodes, **options):
         return outputs.argmax(-1) if hasattr(env.action_space(params), "n") else jnp.tanh(outputs)
 
     found = evaluation.evaluate(
-        SimpleNamespace(act=act), env, params, None, jax.random.key(0),
+        Agent(None, None, memoryless(act), None), env, params, None, jax.random.key(0),
         episodes=episodes, max_steps=params.max_steps_in_episode,
     )  # fmt: skip
     return np.asarray(found.episode_return)

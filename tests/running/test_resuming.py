@@ -14,7 +14,7 @@ from toys import LearnerConfig, make_learner
 from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.learning import replay
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import problem, session, training
+from jaxrl_dist.running import folders, problem, session, training
 from jaxrl_dist.running.checkpointing import Checkpoints, DamagedCheckpoint
 
 CONFIG = LearnerConfig(num_envs=4, replay_capacity=10_000)
@@ -188,7 +188,7 @@ def test_a_refused_run_leaves_nothing_and_does_not_block_its_name(tmp_path, monk
     # Killed before it wrote anything: the lock alone is no run.
     (tmp_path / PLACE).mkdir(parents=True)
     (tmp_path / PLACE / ".lock").touch()
-    session._require_unused(tmp_path / PLACE)
+    folders.require_unused(tmp_path / PLACE)
 
 
 def test_hanging_up_saves_like_a_stop(tmp_path, monkeypatch):

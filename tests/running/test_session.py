@@ -22,7 +22,7 @@ from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.algorithms.value_based import c51
 from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import problem, results, session
+from jaxrl_dist.running import problem, results, session, support
 from jaxrl_dist.running.checkpointing import Checkpoints, DamagedCheckpoint
 
 CONFIG = tqc.Config(
@@ -276,9 +276,8 @@ def test_env_steps_are_reported_as_taken(tmp_path):
     """Totals that do not divide evenly are rounded up to whole iterations, and said so in the records."""
     prepared = problem.prepare("tqc", tqc.make_agent, CONFIG, dataclasses.replace(OPTIONS, total_steps=101))
     agent = tqc.make_agent(prepared.config, prepared.env, prepared.env_params)
-    from jaxrl_dist.running import training
 
-    assert agent.warmup_steps + training.iterations_for(agent, 101) * agent.steps_per_iteration == 102
+    assert agent.clock.warmup_steps + agent.clock.iterations(101) * agent.clock.env_steps == 102
 
 
 def test_replay_is_as_large_as_asked_when_it_wraps():
@@ -314,13 +313,13 @@ def test_probed_support_covers_what_random_actions_find(probe):
 
 
 def test_configurations_of_a_sweep_are_probed_once(monkeypatch):
-    probed, rollout = [], problem._random_rollout
+    probed, rollout = [], support._random_rollout
 
     def counted(*arguments):
         probed.append(arguments[0])
         return rollout(*arguments)
 
-    monkeypatch.setattr(problem, "_random_rollout", counted)
+    monkeypatch.setattr(support, "_random_rollout", counted)
     problem._random_rewards.cache_clear()
     options = dataclasses.replace(OPTIONS, env_id="CartPole-v1", env_options=(), total_steps=100)
     options = dataclasses.replace(options, probe_support="rewards")

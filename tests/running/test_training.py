@@ -13,7 +13,7 @@ import pytest
 from toys import Toy, ToyParams, live
 
 from jaxrl_dist import envs
-from jaxrl_dist.agent import Agent
+from jaxrl_dist.agent import Agent, Claim, Clock, memoryless
 from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.configuration import ConfigurationError, Fraction, Positive, Real, configuration
 from jaxrl_dist.distributional.law import equally_weighted
@@ -62,10 +62,8 @@ def make_learner(config, env, env_params) -> Agent:
         metrics |= {"loss": average(value), "iteration": average(iteration)}
         return State(state.weights - config.learning_rate * gradient, iteration, lived, key), metrics
 
-    return Agent(
-        init, step, lambda state, observation, key: action(state.weights, observation), None, None, None,
-        warmup_steps=8, steps_per_iteration=2, updates_per_iteration=1,
-    )  # fmt: skip
+    policy = memoryless(lambda state, observation, key: action(state.weights, observation))
+    return Agent(init, step, policy, Clock(updates=1, env_steps=2, warmup_steps=8))
 
 
 ENV, PARAMS = Toy(), ToyParams(shortest=3, longest=9, max_steps_in_episode=6)
@@ -107,14 +105,15 @@ def compiled(request):
     def counted(config, env, env_params):
         agent = make_learner(config, env, env_params)
 
-        def count(name):
+        def count(name, counted):
             def function(*arguments):
                 traces[name] += 1
-                return getattr(agent, name)(*arguments)
+                return counted(*arguments)
 
             return function
 
-        return agent._replace(**{name: count(name) for name in ("init", "step", "act")})
+        policy = agent.policy._replace(act=count("act", agent.policy.act))
+        return agent._replace(init=count("init", agent.init), step=count("step", agent.step), policy=policy)
 
     chunks = programs(request.param, make_agent=counted)
     chunks.compile()
@@ -174,7 +173,7 @@ def test_advance_counts_averages_and_reports_the_first_iteration_that_broke():
             "never": average(time, time < 0),
         }
 
-    agent = Agent(lambda key: Script(jnp.int32(0)), step, None, None, None, None, 5, 7, 1)
+    agent = Agent(lambda key: Script(jnp.int32(0)), step, None, Clock(1, 7, 5))
     run = training.begin(agent, jax.random.key(0))
     names = training.metric_names(agent, run.state)
     assert names == ("broken", "every_third", "never", "whole")
@@ -193,11 +192,28 @@ def test_advance_counts_averages_and_reports_the_first_iteration_that_broke():
     assert_same(unchanged, run)
 
 
-def test_iterations_for_reaches_the_total_and_rejects_a_warm_up_without_training():
-    agent = Agent(None, None, None, None, None, None, 5, 7, 1)
-    assert [training.iterations_for(agent, total) for total in (6, 12, 13, 19, 20)] == [1, 1, 2, 2, 3]
+def test_a_clock_reaches_the_total_and_rejects_a_warm_up_without_training():
+    clock = Clock(updates=3, env_steps=7, warmup_steps=5)
+    assert [clock.iterations(total) for total in (6, 12, 13, 19, 20)] == [1, 1, 2, 2, 3]
+    assert [clock.now(iteration) for iteration in (0, 1, 2)] == [5, 12, 19]
+    assert (clock.unit, clock.updates_at(2), clock.interval(10), clock.interval(1)) == ("env steps", 6, 1, 1)
     with pytest.raises(ConfigurationError, match="--total-steps is 5; it must be above the 5 steps of the warm-up"):
-        training.iterations_for(agent, 5)
+        clock.iterations(5)
+
+
+def test_a_clock_without_environment_steps_counts_updates():
+    clock = Clock(updates=3)
+    assert [clock.iterations(total) for total in (1, 3, 4, 30)] == [1, 1, 2, 10]
+    assert [clock.now(iteration) for iteration in (0, 1, 10)] == [0, 3, 30]
+    assert (clock.unit, clock.env_steps_at(10), clock.interval(10)) == ("updates", 0, 3)
+
+
+def test_a_clock_takes_no_steps_while_it_pretrains():
+    clock = Clock(updates=2, env_steps=4, warmup_steps=8, pretraining=10)
+    assert [clock.env_steps_at(iteration) for iteration in (0, 9, 10, 11, 13)] == [8, 8, 8, 12, 20]
+    assert [clock.updates_at(iteration) for iteration in (0, 10, 11)] == [0, 20, 22]
+    assert [clock.iterations(total) for total in (9, 12, 13)] == [11, 11, 12]
+    np.testing.assert_array_equal(clock.env_steps_at(jnp.array([3, 12])), [8, 16])
 
 
 # -- many runs --------------------------------------------------------------------------------------------------------
@@ -260,7 +276,7 @@ def test_agrees_with_the_pure_function(compiled, train):
         assert alone_history["env_steps"].tolist() == [8 + 2 * 4, 8 + 2 * 7]
         for point, (averages, returns) in enumerate(history):
             expected = dict(zip(chunks.metric_names, np.asarray(averages[run]), strict=True))
-            assert set(alone_history) == set(expected) | {"env_steps", "evaluation_return", "diverged_at"}
+            assert set(alone_history) == {*expected, "env_steps", "updates", "evaluation_return", "diverged_at"}
             for name, value in expected.items():
                 np.testing.assert_allclose(alone_history[name][point], value, rtol=1e-4)
             np.testing.assert_allclose(alone_history["evaluation_return"][point], returns[run], rtol=1e-4)
@@ -337,7 +353,7 @@ assert here.training.Programs(here.make_learner, here.Config(), here.ENV, here.P
 """
     chunks, _ = compiled
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(__file__).parents[1])
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))
     }  # fmt: skip
     path, exact = tmp_path / "two_devices.npz", chunks.runs_mode == "map"
     command = [sys.executable, "-c", script, str(path), chunks.runs_mode]
@@ -370,8 +386,8 @@ def make_shifted(config, env, env_params) -> Agent:
 
     return Agent(
         lambda key: jax.random.uniform(key), lambda state: (state, {"loss": average(state)}),
-        lambda state, observation, key: target_policy(state, observation, key)[0], target_policy, predict, None,
-        warmup_steps=8, steps_per_iteration=2, updates_per_iteration=1,
+        memoryless(lambda state, observation, key: target_policy(state, observation, key)[0]),
+        Clock(updates=1, env_steps=2, warmup_steps=8), Claim(target_policy, predict, config.discount),
     )  # fmt: skip
 
 

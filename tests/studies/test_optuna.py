@@ -17,7 +17,7 @@ from toys import LearnerConfig, make_learner
 from jaxrl_dist import cli
 from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import memory, problem, session
+from jaxrl_dist.running import folders, memory, problem, session
 from jaxrl_dist.studies import optuna_study
 from jaxrl_dist.studies.sweeps import Span, SweepOptions
 
@@ -63,7 +63,7 @@ def trained(monkeypatch) -> list[tuple[int, ...]]:
              "evaluation_return": (steps == 48) * (one.config.width - (push[seed] - BEST) ** 2 + seed - 0.5)}
             for steps in (8, 48) for number, push in zip(one.configurations, pushes, strict=True) for seed in seeds
         ]  # fmt: skip
-        recording.Recorder(session.folder_of(one.algorithm, one.options)).append(rows)
+        recording.Recorder(folders.folder_of(one.algorithm, one.options)).append(rows)
 
     monkeypatch.setattr(session, "train", formula)
     monkeypatch.setattr(session, "make_programs", lambda one: None)

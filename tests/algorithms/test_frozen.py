@@ -1,0 +1,33 @@
+"""The rebuilt agents compute what they computed before: metrics and state after three iterations."""
+
+import frozen_numbers
+import numpy as np
+import pytest
+import toys
+from scipy.optimize import linear_sum_assignment
+
+from jaxrl_dist import cli
+
+
+def differences(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The largest differences between arrays `[arrays, ...]`, each compared with the one that it is like."""
+    pairs = np.abs(found.astype(float)[:, None] - expected.astype(float)[None])
+    pairs = pairs.reshape(*pairs.shape[:2], -1).max(-1) if pairs[0, 0].size else np.zeros(pairs.shape[:2])
+    return pairs[linear_sum_assignment(pairs)]
+
+
+@pytest.mark.parametrize("name", toys.agents())
+def test_nothing_has_changed(name):
+    module = cli.find_algorithm(name)
+    world = frozen_numbers.world(name, module)
+    found = frozen_numbers.numbers(module.make_agent, frozen_numbers.small_config(module), *world)
+    with np.load(frozen_numbers.FOLDER / f"{name}.npz") as file:
+        expected = dict(file)
+    assert {key for key in expected if "metric" in key} == {key for key in found if "metric" in key}
+    for key, values in expected.items():
+        scale = max(1.0, np.abs(values.astype(float)).max())
+        if "metric" in key:
+            np.testing.assert_allclose(found[key], values, rtol=2e-5, atol=2e-6, err_msg=key)
+        else:
+            assert found[key].shape == values.shape, key
+            assert differences(found[key], values).max() < 2e-5 * scale, key

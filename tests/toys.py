@@ -150,8 +150,10 @@ def share_programs(monkeypatch) -> None:
 def run_with_devices(count: int, code: str) -> None:
     """Run `code` in a Python process that has so many CPU devices and can import the tests."""
     flags = f"--xla_force_host_platform_device_count={count}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True, timeout=600)
+    here = Path(__file__).parent
+    importable = os.pathsep.join(map(str, [here, *(path for path in here.iterdir() if path.is_dir())]))
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": importable}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
 
 
 def agents() -> list[str]:

@@ -149,7 +149,7 @@ def test_the_pictures_of_a_study_mark_diverged_configurations(tmp_path):
         ({"tqc": run(scores).assign(evaluation_return="text")}, "run 'tqc' has no metric 'evaluation_return', but"),
         ({"tqc": run(scores, metric="other")}, "run 'tqc' has no metric 'evaluation_return', but"),
         ({"tqc": run(np.full((2, 2), np.nan))}, "run 'tqc' has no value of 'evaluation_return'"),
-        ({"tqc": pd.concat([run(scores)] * 2)}, "has seed 0 twice at env step 0"),
+        ({"tqc": pd.concat([run(scores)] * 2)}, "has seed 0 twice at env_steps 0"),
     ],
 )
 def test_learning_curve_rejects(frames, message):

@@ -509,7 +509,7 @@ def sharded_state(devices: int, seed: int) -> dict[str, jax.Array]:
 def test_saved_on_eight_or_two_devices_and_loaded_on_one_and_back(tmp_path):
     Checkpoints(tmp_path / "one").save(1, sharded_state(1, seed=1))
     program = ON_EIGHT_DEVICES.format(
-        tests=str(Path(__file__).parents[1]), here=str(tmp_path / "eight"), there=str(tmp_path / "one")
+        tests=str(Path(__file__).parent), here=str(tmp_path / "eight"), there=str(tmp_path / "one")
     )
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     finished = subprocess.run(

@@ -237,18 +237,22 @@ class Typed(Toy):
         return super().observe(state).astype(self.dtype)
 
 
+def warmup_of(agent):
+    return agent.clock.warmup_steps
+
+
 def test_bounds_are_read_outside_of_the_trace():
     module = MODULES["sac"]
-    assert jax.jit(lambda: module.make_agent(module.Config(), BuiltByJax(), ToyParams()).warmup_steps)() == 10_000
+    assert jax.jit(lambda: warmup_of(module.make_agent(module.Config(), BuiltByJax(), ToyParams())))() == 10_000
 
     class Depends(Toy):
         def action_space(self, params):
             return spaces.Box(-params.noise, params.noise, (2,))
 
     with pytest.raises(UnsupportedEnvironment, match="bounds that depend on traced parameters"):
-        jax.vmap(lambda noise: module.make_agent(module.Config(), Depends(), ToyParams(noise=noise)).warmup_steps)(
-            jnp.ones(2)
-        )
+        jax.vmap(
+            lambda noise: module.make_agent(module.Config(), Depends(), ToyParams(noise=noise)).clock.warmup_steps
+        )(jnp.ones(2))
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, jnp.bool_, jnp.float16])

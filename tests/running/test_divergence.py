@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from toys import LearnerConfig, make_learner
 
+from jaxrl_dist.agent import Claim
 from jaxrl_dist.configuration import Fraction, configuration
 from jaxrl_dist.learning.interaction import average
 from jaxrl_dist.records import recording
@@ -185,7 +186,7 @@ def boasting(value: float):
             state, metrics = agent.step(state)
             return state, metrics | {"value": average(jnp.float32(value)), "target": average(jnp.float32(0))}
 
-        return agent._replace(step=step)
+        return agent._replace(step=step, claim=Claim(None, None, config.discount))
 
     return make_agent
 

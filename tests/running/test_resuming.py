@@ -135,7 +135,7 @@ def damage_newest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "changes", "message"),
     [
-        (None, {"total_steps": 100}, r"--total-steps is 100, but the checkpoint .* was made at 200 environment steps"),
+        (None, {"total_steps": 100}, r"--total-steps is 100, but the checkpoint .* was made at 200 env steps"),
         (None, {"seed": 3}, "--seed is 3, but the run to resume was started with 0"),
         (None, {"config": {"num_envs": 2}}, "--num-envs is 2, but the run to resume was started with 4"),
         (None, {"config": {"replay_capacity": 99}}, "--replay-capacity is 99, .* started with 10000"),

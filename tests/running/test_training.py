@@ -353,8 +353,9 @@ assert here.training.Programs(here.make_learner, here.Config(), here.ENV, here.P
 """
     chunks, _ = compiled
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))
-    }  # fmt: skip
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+    }
     path, exact = tmp_path / "two_devices.npz", chunks.runs_mode == "map"
     command = [sys.executable, "-c", script, str(path), chunks.runs_mode]
     subprocess.run(command, env=environment, check=True, timeout=300)

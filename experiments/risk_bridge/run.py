@@ -81,7 +81,7 @@ def main(
             for rate in LEARNING_RATES:  # floats are traced: the same program
                 programs.set_floats(dataclasses.replace(config, learning_rate=rate))
                 state = programs.advance(state, iterations // len(LEARNING_RATES))
-            judge = jax.jit(functools.partial(judged, programs.agent, env, env_params, config.discount, episodes))
+            judge = jax.jit(functools.partial(judged, programs.agent, env, env_params, episodes))
             for seed in range(num_seeds):
                 one = training.one_run(state.state, seed)
                 row = {"algorithm": algorithm, "risk": text, "seed": seed, "env_steps": total_steps}
@@ -99,7 +99,7 @@ def main(
     summarise(pd.concat(tables), out)
 
 
-def judged(agent: Agent, env, env_params, discount, episodes, state, key):
+def judged(agent: Agent, env, env_params, episodes, state, key):
     """The learned policy `[length, lanes]`, its predicted law at the start, and achieved returns `[episodes]`."""
     lanes = len(env_params.slips)
     observations = jnp.eye(env.length * lanes)
@@ -107,8 +107,7 @@ def judged(agent: Agent, env, env_params, discount, episodes, state, key):
     policy = agent.policy.act(state, observations, (), policy_key)[0].reshape(env.length, lanes)
     # Every walk starts in the same state, so one "state" and its rollouts are the start and its episodes.
     found = evaluation.return_distributions(
-        agent, env, env_params, state, episode_key,
-        discount=discount, states=1, rollouts=episodes, horizon=env.length, spread=1,
+        agent.claim, env, env_params, state, episode_key, states=1, rollouts=episodes, horizon=env.length, spread=1,
     )  # fmt: skip
     return policy, *jax.tree.map(lambda x: x[0], (found.predicted, found.monte_carlo))
 

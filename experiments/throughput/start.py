@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import tyro
 
 from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.records import recording
@@ -65,4 +66,4 @@ def started(cache: str, folder: str, *more: str) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -137,12 +137,11 @@ class Measure:
         endless = evaluation.without_time_limit(env, env_params)
 
         def judge(config, state, batch, key):
-            agent = module.make_agent(config, env, env_params)
+            claim = module.make_agent(config, env, env_params).claim
             found = evaluation.return_distributions_from(
-                agent, env, endless, state, key, batch, discount=config.discount, rollouts=rollouts,
-                horizon=evaluation.horizon(config.discount),
-            )  # fmt: skip
-            numbers = evaluation.calibration(found, learns_mean=agent.claim.learns_mean)._asdict()
+                claim, env, endless, state, key, batch, rollouts=rollouts, horizon=evaluation.horizon(claim.discount)
+            )
+            numbers = evaluation.calibration(found, learns_mean=claim.learns_mean)._asdict()
             return numbers | {"true_value": found.monte_carlo.mean()}
 
         runs = PartitionSpec("runs")
@@ -167,9 +166,7 @@ class Measure:
             found = jax.device_get(self.judge(programs.configs, training_state.state, batch, judge_keys))
             episodes = programs.evaluate(training_state, episode_keys)
             found["evaluation_return"] = np.asarray(episodes.episode_return).mean(1)
-            env_steps = programs.agent.clock.warmup_steps + (
-                point * snapshots * iterations * programs.agent.clock.env_steps
-            )
+            env_steps = programs.agent.clock.env_steps_at(point * snapshots * iterations)
             for seed in range(self.seeds):
                 row = {"seed": seed, "env_steps": env_steps}
                 for metric, values in found.items():

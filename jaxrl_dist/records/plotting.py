@@ -20,6 +20,8 @@ from jaxrl_dist.distributional.metrics import wasserstein_1
 from jaxrl_dist.records import recording
 from jaxrl_dist.records.statistics import bootstrap_interval, interquartile_mean
 
+# What a column that says where a run stands is called (`recording.axis_of`).
+STEPS = {"env_steps": "environment steps", "updates": "updates"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 INK, FAINT, GRID = "#1F2328", "#6B7280", "#E5E7EB"
 
@@ -78,8 +80,7 @@ def learning_curve(
     last = [x for curve in curves.values() for x in curve.index[-1:]]
     axes.set_xlim(0, max(1, *last, *(x for label, broken in diverged.items() for x in broken[axis[label]])))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    names = {"env_steps": "environment steps", "updates": "updates"}
-    axes.set_xlabel(" or ".join(name for column, name in names.items() if column in axis.values()))
+    axes.set_xlabel(" or ".join(name for column, name in STEPS.items() if column in axis.values()))
     axes.set_ylabel(metric.replace("_", " "))
     if linear_up_to is not None:
         axes.set_yscale("symlog", linthresh=linear_up_to)

@@ -37,12 +37,15 @@ class Run:
     seeds: list[int]
     """all of them, with or without finite returns"""
     last_step: int
+    unit: str
+    """what `last_step` and `episodes.env_steps` count: env_steps, or updates where a run takes none"""
     warnings: tuple[str, ...]
 
     @property
     def diverged(self) -> pd.DataFrame:
-        """`recording.divergences`"""
-        return recording.divergences(pd.DataFrame() if self.metrics is None else self.metrics)
+        """`recording.divergences`; env_steps are where a run stood, as in `episodes`."""
+        metrics = pd.DataFrame() if self.metrics is None else self.metrics
+        return recording.divergences(metrics).rename(columns={recording.axis_of(metrics): "env_steps"})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -53,7 +56,8 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that make it another experiment: runs that agree in them differ in their seeds alone."""
-        return {**self.about["config"], "total_steps": self.about["options"].get("total_steps")}
+        options = self.about["options"]
+        return {**self.about["config"], "total_steps": options.get("total_steps"), "dataset": options.get("dataset")}
 
     @property
     def place(self) -> tuple[str, str]:
@@ -80,6 +84,10 @@ class Group:
     @functools.cached_property
     def diverged(self) -> pd.DataFrame:
         return pd.concat([run.diverged for run in self.runs])
+
+    @property
+    def unit(self) -> str:
+        return self.runs[0].unit
 
     @functools.cached_property
     def last_episodes(self) -> pd.DataFrame:
@@ -176,7 +184,7 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
     total = about["options"].get("total_steps")
     if isinstance(total, int) and last_step < total:
         said.append(f"{name}: the last evaluation is at {last_step:,} of {total:,} {unit.replace('_', ' ')}")
-    run = Run(name, about["algorithm"], environment, about, episodes, metrics, seeds, last_step, ())
+    run = Run(name, about["algorithm"], environment, about, episodes, metrics, seeds, last_step, unit, ())
     if len(run.diverged):
         first = [f"{row.seed} ({row.metric} at iteration {row.iteration:,})" for row in run.diverged.itertuples()]
         more = f" and {len(first) - DIVERGENCES_LISTED} more" if len(first) > DIVERGENCES_LISTED else ""

@@ -179,7 +179,8 @@ def _environment(groups, environment: str, bounds, normalize: Path | None) -> di
             "median": median, "mean": mean, "gap": gap,
             "cvar": statistics.conditional_value_at_risk(returns, 0.1) if len(returns) else math.nan,
             "area": estimate(group.areas) if len(group.areas) else None,
-            "seeds": len(group.scores), "env_steps": listed(sorted({f"{run.last_step:,}" for run in group.runs})),
+            "seeds": len(group.scores), "env_steps": listed(sorted({f"{run.last_step:,}" for run in group.runs}))
+            + (" updates" if group.unit == "updates" else ""),
             "diverged": f"{len(group.diverged)} of {seeds}" if len(group.diverged) else "0",
         })  # fmt: skip
     rows.sort(key=lambda row: (math.isnan(row["iqm"].value), -row["iqm"].value))
@@ -196,7 +197,9 @@ def _environment(groups, environment: str, bounds, normalize: Path | None) -> di
             diverged={_plain(group.label): group.diverged for group in drawn},
         )  # fmt: skip
         note = figure.axes[0].texts[-1]  # its place is the caption, where long lines wrap
-        caption = f"Mean return of the evaluation episodes against environment steps, {note.get_text()}."
+        steps = " or ".join(plotting.STEPS[unit] for unit in sorted({group.unit for group in drawn}))
+        figure.axes[0].set_xlabel(steps)
+        caption = f"Mean return of the evaluation episodes against {steps}, {note.get_text()}."
         note.remove()
         figure.axes[0].set_title("", loc="left")
         figure.set_size_inches(FIGURE_SIZE)

@@ -7,6 +7,7 @@ from typing import Any
 from gymnax.environments import spaces
 
 from jaxrl_dist.learning.spaces import UnsupportedEnvironment
+from jaxrl_dist.running.problem import takes_data
 
 
 def refusals(algorithms: Mapping[str, Any], env_ids: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -26,8 +27,9 @@ def refusals(algorithms: Mapping[str, Any], env_ids: Sequence[str]) -> dict[str,
 
 def refusal(algorithm: Any, env: Any, env_params: Any) -> str:
     """Why an algorithm (its module) does not accept an environment; "" where it does."""
+    data = (None,) if takes_data(algorithm.make_agent) else ()  # what it holds is looked at when it is traced
     try:
-        algorithm.make_agent(algorithm.Config(), env, env_params)
+        algorithm.make_agent(algorithm.Config(), env, env_params, *data)
     except UnsupportedEnvironment as error:
         return error.why
     return ""

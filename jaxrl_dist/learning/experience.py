@@ -1,6 +1,6 @@
 """What an off-policy agent lives on: environments in mid-episode, the replay they fill, and observation statistics."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ class Experience(NamedTuple):
 class Batch(NamedTuple):
     """Transitions over one or more steps, `[batch, ...]`: target = reward + discount * value(next_observation).
 
-    reward: the discounted sum over the steps taken; discount: gamma^steps, or 0 where the last one terminated.
+    reward: the discounted sum over the steps taken; discount: gamma^steps, or 0 where the last one terminated; extras:
+    those of the environment by name, summed as the reward is, () where it has none.
     """
 
     observation: jax.Array
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     reward: jax.Array
     discount: jax.Array
     next_observation: jax.Array
+    extras: Any = ()
 
 
 def warm_up(
@@ -112,12 +114,19 @@ def batch_at(
 
     def read(start: jax.Array) -> Batch:
         slots, available = replay.window_indices(experience.replay, start, num_steps, num_envs)
-        reward = jnp.clip(rows.reward[slots], -bound, bound)
-        window = returns.n_step(reward, rows.terminated[slots], rows.truncated[slots], available, gamma)
+        ends = rows.terminated[slots], rows.truncated[slots], available, gamma
+        window = returns.n_step(jnp.clip(rows.reward[slots], -bound, bound), *ends)
         last = jnp.take_along_axis(slots, window.steps[None] - 1, axis=0)[0]
+
+        def summed(extra: jax.Array) -> jax.Array:  # [rows, ...] -> [batch, ...], each component like a reward
+            parts = extra[slots].reshape(*slots.shape, -1)
+            sums = jax.vmap(lambda part: returns.n_step(part, *ends).reward, in_axes=-1, out_axes=-1)(parts)
+            return sums.reshape(*start.shape, *extra.shape[1:])
+
         return Batch(
-            rows.observation[start], rows.action[start], window.reward, window.discount, rows.next_observation[last]
-        )
+            rows.observation[start], rows.action[start], window.reward, window.discount, rows.next_observation[last],
+            jax.tree.map(summed, rows.extras),
+        )  # fmt: skip
 
     batch = split_rows(replay.in_halves(read, indices))
     return batch._replace(

@@ -230,6 +230,16 @@ def test_n_step_batches_of_a_real_run_are_normalised_and_span_their_steps(filled
     np.testing.assert_allclose(batch.discount, np.where(later_time == length, 0, 0.9**steps), rtol=1e-6)
 
 
+def test_extras_are_summed_like_rewards(filled):
+    reward = filled.replay.rows.reward
+    rows = filled.replay.rows._replace(extras={"cost": reward, "rewards": jnp.stack([reward, -2 * reward], axis=-1)})
+    with_extras = filled._replace(replay=filled.replay._replace(rows=rows))
+    found = BATCH_AT(with_extras, jnp.arange(20), num_steps=3, gamma=0.9)
+    np.testing.assert_allclose(found.extras["cost"], found.reward, rtol=1e-6)
+    np.testing.assert_allclose(found.extras["rewards"], jnp.stack([found.reward, -2 * found.reward], -1), rtol=1e-6)
+    assert BATCH_AT(filled, jnp.arange(20), num_steps=3, gamma=0.9).extras == ()
+
+
 def test_rejects_windows_without_a_step(filled):
     with pytest.raises(ValueError, match="num_steps is 0; it must be at least 1"):
         experience.batch_at(filled, jnp.arange(3), num_steps=0, gamma=0.9)

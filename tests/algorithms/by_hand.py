@@ -315,7 +315,8 @@ def stored_rows(state, key, batch_size: int) -> dict[str, np.ndarray]:
     """The batch that a key draws from the replay of a state, normalised by hand, in float64."""
     rows, size = state.experience.replay.rows, int(state.experience.replay.size)
     indices = np.asarray(jax.random.randint(key, (batch_size,), 0, size))
-    batch = {name: np.asarray(value)[indices].astype(np.float64) for name, value in rows._asdict().items()}
+    fields = {name: value for name, value in rows._asdict().items() if name != "extras"}
+    batch = {name: np.asarray(value)[indices].astype(np.float64) for name, value in fields.items()}
     statistics = state.experience.normalizer
     if statistics is not None:
         deviation = np.sqrt(np.asarray(statistics.variance, np.float64) + 1e-8)
@@ -347,7 +348,7 @@ def assert_adam_is(state, expected: Adam, name: str | None = "mlp") -> None:
 def stored_windows(state, key, config) -> dict[str, np.ndarray]:
     """The n-step transitions that a key draws from the replay of a state, one step after the other, in float64."""
     rows, replay = jax.device_get(state.experience.replay.rows), state.experience.replay
-    capacity, batch = len(rows.reward), {name: [] for name in Batch._fields}
+    capacity, batch = len(rows.reward), {name: [] for name in Batch._fields if name != "extras"}
     for start in np.asarray(jax.random.randint(key, (config.batch_size,), 0, int(replay.size))):
         reward, discount, slot = 0.0, 1.0, int(start)
         for step in range(config.num_steps):
@@ -359,7 +360,7 @@ def stored_windows(state, key, config) -> dict[str, np.ndarray]:
             slot = (slot + config.num_envs) % capacity
         discount = 0.0 if rows.terminated[slot] else discount
         values = rows.observation[start], rows.action[start], reward, discount, rows.next_observation[slot]
-        for name, value in zip(Batch._fields, values, strict=True):
+        for name, value in zip(batch, values, strict=True):
             batch[name].append(value)
     return {name: np.array(values, np.float64) for name, values in batch.items()}
 

@@ -11,6 +11,7 @@ import pytest
 from jaxrl_dist.algorithms.actor_critic import sac, td3
 from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.learning import policies
+from jaxrl_dist.running import problem
 
 
 def example_target(values=(3.0, 2.5), log_density=-1.5, temperature=0.2, **flags):
@@ -127,7 +128,7 @@ def test_defaults_are_the_papers():
     assert (config.initial_temperature, config.target_entropy_per_action) == (1.0, -1.0)
     assert config.updates_per_iteration == config.num_envs * config.steps_per_iteration
     for preset in sac.PRESETS.values():
-        check_configuration(dataclasses.replace(config, **preset))
+        check_configuration(dataclasses.replace(config, **problem.split_preset(preset)[1]))
 
 
 # -- a whole update against loops in numpy ----------------------------------------------------------------------------

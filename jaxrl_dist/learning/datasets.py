@@ -4,6 +4,7 @@ A dataset is a `Transition` with leaves `[rows, ...]`, rows in the order in whic
 other. Its file is an `.npz` with D4RL's names, and one array more for each of the transitions' extras.
 """
 
+import hashlib
 import zipfile
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def load(path: Path) -> Transition:
         f"{where}, whose observations and next_observations differ in shape",
     )
     return Transition(**fields, extras=extras or ())
+
+
+def digest(path: Path) -> str:
+    """What tells a file from any other: its SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(transitions: Transition) -> str:

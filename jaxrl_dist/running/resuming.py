@@ -10,16 +10,19 @@ from rich.console import Console
 from jaxrl_dist import switches
 from jaxrl_dist.agent import Agent
 from jaxrl_dist.configuration import ConfigurationError, option, require
+from jaxrl_dist.learning import datasets
 from jaxrl_dist.records import recording
 from jaxrl_dist.running import hosts
 from jaxrl_dist.running.checkpointing import Checkpoints
-from jaxrl_dist.running.problem import Problem
+from jaxrl_dist.running.problem import Problem, RunOptions
 
 # Options of a run that must be those it was started with; all settings of the algorithm must.
 FIXED = (
     "env_id", "env_options", "dataset", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps",
     "eval_states", "eval_rollouts", "on_divergence",
 )  # fmt: skip
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunOptions)}
 
 
 class Past(NamedTuple):
@@ -80,6 +83,11 @@ def _description(folder: Path, problem: Problem) -> dict[str, Any] | None:
     require_same_settings(
         description, {"config": dataclasses.asdict(problem.config), "options": dataclasses.asdict(problem.options)}
     )
+    if problem.options.dataset:
+        require(
+            description.get("dataset_sha256") == datasets.digest(Path(problem.options.dataset)),
+            f"--dataset is {problem.options.dataset!r}, whose contents are not those that the run was started with",
+        )
     for sentence in switches.changed(description["versions"], recording.versions()):
         raise ConfigurationError(sentence)
     return description
@@ -123,7 +131,8 @@ def require_same_settings(saved: dict[str, Any], now: dict[str, Any], *more: str
     """Refuse to resume with other settings; `more`: options that must be equal besides those that always must."""
     for group, names in (("config", now["config"]), ("options", (*FIXED, *more))):
         for field in names:
-            before, given = saved[group].get(field), now[group][field]
+            given = now[group][field]
+            before = saved[group].get(field, DEFAULTS.get(field))  # an option that another version did not have yet
             before, given = (tuple(x) if isinstance(x, list | np.ndarray) else x for x in (before, given))
             require(
                 before == given,

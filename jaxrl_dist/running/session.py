@@ -359,6 +359,7 @@ class _Session:
             "configurations": self.problem.configurations,
             "options": dataclasses.asdict(options),
             "intervals": {"evaluation": self.eval_interval, "checkpoint": self.checkpoint_interval},
+            "dataset_sha256": datasets.digest(Path(options.dataset)) if options.dataset else "",
             "ring_steps": max(options.total_steps, self.past.ring_steps if self.past else 0),
             "runs_mode": self.programs.runs_mode,
             "num_devices": self.programs.num_devices,

@@ -120,6 +120,16 @@ def test_killed_and_resumed_is_the_same_run(kind, finished, tmp_path, monkeypatc
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
+def test_other_data_under_the_same_name_is_refused_at_a_resume(tmp_path):
+    train("offline", tmp_path)
+    again = prepared("offline", tmp_path, resume="latest", total_steps=80)
+    data = written(tmp_path / "data.npz", rows=72)
+    with pytest.raises(ConfigurationError, match="whose contents are not those"):
+        session.train(again, Console(quiet=True))
+    written(data)
+    assert "80/80 updates" in train("offline", tmp_path, resume="latest", total_steps=80)[1]
+
+
 @every_kind
 def test_policies_are_evaluated_exported_plotted_and_reported(kind, finished, tmp_path):
     folder, _ = finished[kind]

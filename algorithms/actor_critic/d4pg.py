@@ -50,6 +50,7 @@ from jaxrl_dist.learning import experience, networks, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -141,12 +142,10 @@ class Critic(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_actor: chex.ArrayTree
     target_critic: chex.ArrayTree
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
     updates: jax.Array
 
 
@@ -206,24 +205,19 @@ def make_agent(config: Config, env, env_params) -> Agent:
             logits = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(logits, target), (jax.nn.softmax(logits) * support).sum(-1)
 
-        (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.tree.norm(gradient)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (critic_value, values, critic_gradient_norm) = descend(
+            critic_adam, learner.critic, critic_objective
+        )
 
         def actor_objective(parameters):
             action = actor.apply(parameters, batch.observation)
             # The value of a row depends on the action of that row alone: the gradient of the sum has them all.
             action_gradient = jax.grad(
-                lambda a: risks.value(risk, law_of(critic_parameters, batch.observation, a), ascending=True).sum()
+                lambda a: risks.value(risk, law_of(new_critic.parameters, batch.observation, a), ascending=True).sum()
             )(jax.lax.stop_gradient(action))
             return actor_loss(action, action_gradient, config.action_gradient_bound), (action, action_gradient)
 
-        (actor_value, (action, action_gradient)), gradient = jax.value_and_grad(actor_objective, has_aux=True)(
-            learner.actor
-        )
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, (action, action_gradient), _) = descend(actor_adam, learner.actor, actor_objective)
 
         updates = learner.updates + 1
         metrics = {
@@ -235,10 +229,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
         learner = Learner(
-            actor_parameters, critic_parameters,
-            networks.periodic_copy(learner.target_actor, actor_parameters, updates, config.target_period),
-            networks.periodic_copy(learner.target_critic, critic_parameters, updates, config.target_period),
-            actor_optimizer, critic_optimizer, updates,
+            new_actor, new_critic,
+            networks.periodic_copy(learner.target_actor, new_actor.parameters, updates, config.target_period),
+            networks.periodic_copy(learner.target_critic, new_critic.parameters, updates, config.target_period),
+            updates,
         )  # fmt: skip
         return learner, jax.tree.map(average, metrics)
 
@@ -248,8 +242,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         actor_parameters = actor.init(actor_key, observation)
         critic_parameters = critic.init(critic_key, observation, action)
         learner = Learner(
-            actor_parameters, critic_parameters, actor_parameters, critic_parameters,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters), jnp.int32(0),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
+            actor_parameters, critic_parameters, jnp.int32(0),
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -277,7 +271,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
 
     def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         action = act(state, observation, key)
@@ -288,12 +282,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        masses = law_of(state.learner.critic, observation, action).masses
+        masses = law_of(state.learner.critic.parameters, observation, action).masses
         return Law(jnp.broadcast_to(support, masses.shape), masses)
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(
-            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
+            state.learner.actor.parameters["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
     claim = Claim(target_policy, predict, config.discount)

@@ -36,6 +36,7 @@ from jaxrl_dist.learning import experience, networks, portable, returns
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -124,12 +125,10 @@ class Critic(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_actor: chex.ArrayTree
     target_critic: chex.ArrayTree
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
 
 
 class State(NamedTuple):
@@ -195,26 +194,19 @@ def make_agent(config: Config, env, env_params) -> Agent:
             value = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(value, target), value
 
-        (critic_value, value), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.tree.norm(gradient)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer, learner.critic)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (critic_value, value, critic_gradient_norm) = descend(critic_adam, learner.critic, critic_objective)
 
         def actor_objective(parameters):
             action = actor.apply(parameters, batch.observation)
-            return actor_loss(critic.apply(critic_parameters, batch.observation, action)), action
+            return actor_loss(critic.apply(new_critic.parameters, batch.observation, action)), action
 
-        (actor_value, action), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, action, _) = descend(actor_adam, learner.actor, actor_objective)
 
         learner = Learner(
-            actor=actor_parameters,
-            critic=critic_parameters,
-            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
-            target_critic=networks.polyak(learner.target_critic, critic_parameters, config.polyak),
-            actor_optimizer=actor_optimizer,
-            critic_optimizer=critic_optimizer,
+            actor=new_actor,
+            critic=new_critic,
+            target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, new_critic.parameters, config.polyak),
         )
         metrics = {
             "critic_loss": critic_value, "value": value.mean(), "target": target.mean(),
@@ -229,8 +221,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         actor_parameters = actor.init(actor_key, observation)
         critic_parameters = critic.init(critic_key, observation, action)
         learner = Learner(
-            actor_parameters, critic_parameters, actor_parameters, critic_parameters,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
+            actor_parameters, critic_parameters,
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -257,7 +249,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
 
     def explore(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         noise = next_noise(config, state.noise, key)
@@ -268,11 +260,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return law.equally_weighted(critic.apply(state.learner.critic, observation, action)[:, None])
+        return law.equally_weighted(critic.apply(state.learner.critic.parameters, observation, action)[:, None])
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(
-            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
+            state.learner.actor.parameters["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
     claim = Claim(target_policy, predict, config.discount, learns_mean=True)

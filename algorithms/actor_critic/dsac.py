@@ -53,6 +53,7 @@ from jaxrl_dist.learning import experience, networks, policies, portable, return
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings, check_policy_delay
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -167,14 +168,11 @@ def bounded(position: jax.Array, low: float | jax.Array, high: float | jax.Array
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_actor: chex.ArrayTree
     target_critic: chex.ArrayTree
-    log_temperature: jax.Array
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
-    temperature_optimizer: optax.OptState
+    log_temperature: Trained
 
 
 class State(NamedTuple):
@@ -247,7 +245,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update_critic(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critic."""
         next_action_key, noise_key = jax.random.split(key)
-        temperature = jnp.exp(learner.log_temperature)
+        temperature = jnp.exp(learner.log_temperature.parameters)
         next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
         next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action)
         next_return = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -2, 2)
@@ -257,43 +255,38 @@ def make_agent(config: Config, env, env_params) -> Agent:
             mean, std = moments(parameters, batch.observation, batch.action)
             return critic_loss(config, mean, std, target), (mean, std)
 
-        (_, (mean, std)), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (_, (mean, std), critic_gradient_norm) = descend(critic_adam, learner.critic, critic_objective)
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, target).mean(),
             "value": mean.mean() / config.reward_scale, "std": std.mean() / config.reward_scale,
             "target": target.mean() / config.reward_scale,
             "largest_bonus": jnp.abs(temperature * next_log_density).max() / config.reward_scale,
             "clipped_targets": (jnp.abs(target - mean) > config.target_bound).mean(),
-            "critic_gradient_norm": optax.tree.norm(gradient),
+            "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        return learner._replace(critic=critic_parameters, critic_optimizer=critic_optimizer), metrics
+        return learner._replace(critic=new_critic), metrics
 
     def update_actor(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
-        temperature = jnp.exp(learner.log_temperature)
+        temperature = jnp.exp(learner.log_temperature.parameters)
 
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, key)
-            mean, std = moments(learner.critic, batch.observation, action)
+            mean, std = moments(learner.critic.parameters, batch.observation, action)
             # In the environment's units, for mean-variance is not proportional to them.
             value = config.reward_scale * gaussian.value(risk, mean / config.reward_scale, std / config.reward_scale)
             return actor_loss(value, log_density, temperature), log_density
 
-        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
-        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
-        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
+        new_log_temperature, _ = descend(
+            temperature_adam, learner.log_temperature, lambda x: (temperature_loss(x, log_density, target_entropy), ())
+        )
         learner = learner._replace(
-            actor=actor_parameters,
-            actor_optimizer=actor_optimizer,
-            log_temperature=optax.apply_updates(learner.log_temperature, changes),
-            temperature_optimizer=temperature_optimizer,
-            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
-            target_critic=networks.polyak(learner.target_critic, learner.critic, config.polyak),
+            actor=new_actor,
+            log_temperature=new_log_temperature,
+            target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, learner.critic.parameters, config.polyak),
         )
         return learner, {"actor_loss": actor_value, "temperature": temperature, "entropy": -log_density.mean()}
 
@@ -304,9 +297,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = critic.init(critic_key, observation, action, 0.5, 2.0)
         log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
         learner = Learner(
-            actor_parameters, critic_parameters, actor_parameters, critic_parameters, log_temperature,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
-            temperature_adam.init(log_temperature),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
+            actor_parameters, critic_parameters, begin(temperature_adam, log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -340,21 +332,21 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
         return policies.squashed_mode(mean)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature) * log_density / config.reward_scale
+        action, log_density = sample_action(state.learner.actor.parameters, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature.parameters) * log_density / config.reward_scale
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        mean, std = moments(state.learner.critic, observation, action)
+        mean, std = moments(state.learner.critic.parameters, observation, action)
         return gaussian.law(mean / config.reward_scale, std / config.reward_scale)
 
     def export(state: State) -> dict[str, jax.Array]:
-        layers = state.learner.actor["params"]["mlp"]["layers"]
+        layers = state.learner.actor.parameters["params"]["mlp"]["layers"]
         return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation=config.activation)
 
     claim = Claim(target_policy, predict, config.discount)

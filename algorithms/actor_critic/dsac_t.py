@@ -52,6 +52,7 @@ from jaxrl_dist.learning import experience, networks, policies, portable, return
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings, check_policy_delay
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -162,16 +163,13 @@ class Critic(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_actor: chex.ArrayTree
     target_critic: chex.ArrayTree
-    log_temperature: jax.Array
+    log_temperature: Trained
     running_std: jax.Array
     """m, `[critics]`; 0 before the first update"""
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
-    temperature_optimizer: optax.OptState
 
 
 class State(NamedTuple):
@@ -269,7 +267,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update_critic(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critics, and of the running mean of their deviations."""
         next_action_key, noise_key = jax.random.split(key)
-        temperature = jnp.exp(learner.log_temperature)
+        temperature = jnp.exp(learner.log_temperature.parameters)
         next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
         next_mean, next_std = critic.apply(learner.target_critic, batch.next_observation, next_action)
         next_sample = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -3, 3)
@@ -280,40 +278,37 @@ def make_agent(config: Config, env, env_params) -> Agent:
             running_std = running_average(config, learner.running_std, std)
             return critic_loss(config, mean, std, targets, running_std), (mean, std, running_std)
 
-        (_, (mean, std, running_std)), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (_, (mean, std, running_std), critic_gradient_norm) = descend(
+            critic_adam, learner.critic, critic_objective
+        )
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, targets[1][:, None]).mean(),
             "value": mean.mean(), "std": std.mean(), "running_std": running_std.mean(), "target": targets[0].mean(),
             "largest_bonus": jnp.abs(temperature * next_log_density).max(),
-            "critic_gradient_norm": optax.tree.norm(gradient),
+            "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        learner = learner._replace(critic=critic_parameters, running_std=running_std, critic_optimizer=critic_optimizer)
+        learner = learner._replace(critic=new_critic, running_std=running_std)
         return learner, metrics
 
     def update_actor(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
-        temperature = jnp.exp(learner.log_temperature)
+        temperature = jnp.exp(learner.log_temperature.parameters)
 
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, key)
-            values = gaussian.value(risk, *critic.apply(learner.critic, batch.observation, action))
+            values = gaussian.value(risk, *critic.apply(learner.critic.parameters, batch.observation, action))
             return actor_loss(values, log_density, temperature), log_density
 
-        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
-        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
-        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
+        new_log_temperature, _ = descend(
+            temperature_adam, learner.log_temperature, lambda x: (temperature_loss(x, log_density, target_entropy), ())
+        )
         learner = learner._replace(
-            actor=actor_parameters,
-            actor_optimizer=actor_optimizer,
-            log_temperature=optax.apply_updates(learner.log_temperature, changes),
-            temperature_optimizer=temperature_optimizer,
-            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
-            target_critic=networks.polyak(learner.target_critic, learner.critic, config.polyak),
+            actor=new_actor,
+            log_temperature=new_log_temperature,
+            target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, learner.critic.parameters, config.polyak),
         )
         return learner, {"actor_loss": actor_value, "temperature": temperature, "entropy": -log_density.mean()}
 
@@ -324,9 +319,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = critic.init(critic_key, observation, action)
         log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
         learner = Learner(
-            actor_parameters, critic_parameters, actor_parameters, critic_parameters, log_temperature,
-            jnp.zeros(config.num_critics), actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
-            temperature_adam.init(log_temperature),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
+            actor_parameters, critic_parameters, begin(temperature_adam, log_temperature),
+            jnp.zeros(config.num_critics),
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -360,21 +355,21 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
         return policies.squashed_mode(mean)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature) * log_density
+        action, log_density = sample_action(state.learner.actor.parameters, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature.parameters) * log_density
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        mean, std = critic.apply(state.learner.critic, observation, action)
+        mean, std = critic.apply(state.learner.critic.parameters, observation, action)
         return gaussian.law(of_lowest(mean, mean), of_lowest(mean, std))
 
     def export(state: State) -> dict[str, jax.Array]:
-        layers = state.learner.actor["params"]["mlp"]["layers"]
+        layers = state.learner.actor.parameters["params"]["mlp"]["layers"]
         return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation=config.activation)
 
     claim = Claim(target_policy, predict, config.discount)

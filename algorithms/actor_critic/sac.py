@@ -38,10 +38,11 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, returns
+from jaxrl_dist.learning import experience, networks, returns, soft
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -78,27 +79,13 @@ class Config(Settings):
     """number of critics whose minimum is taken"""
 
 
-# Sizes for a CPU, ours. The inverted pendulum's velocities ring on the default backend: experiments/inverted_pendulum.
-SMALL = {
-    "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-    "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
-}  # fmt: skip
-PRESETS = {"Pendulum-v1": SMALL, "brax/inverted_pendulum": {"env_options": ("backend=generalized",), **SMALL}}
+# The inverted pendulum's velocities ring on the default backend: experiments/inverted_pendulum.
+PRESETS = {
+    "Pendulum-v1": soft.PENDULUM,
+    "brax/inverted_pendulum": {"env_options": ("backend=generalized",), **soft.PENDULUM},
+}
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
-
-
-class Actor(nn.Module):
-    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
-
-    hidden: tuple[int, ...]
-    action_size: int
-
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), name="mlp")(observation)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, -20, 2)
 
 
 class Critic(nn.Module):
@@ -119,13 +106,10 @@ class Critic(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_critic: chex.ArrayTree
-    log_temperature: jax.Array
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
-    temperature_optimizer: optax.OptState
+    log_temperature: Trained
 
 
 class State(NamedTuple):
@@ -157,11 +141,6 @@ def actor_loss(values: jax.Array, log_density: jax.Array, temperature: jax.Array
     return (temperature * log_density - values.min(-1)).mean()
 
 
-def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
-    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target."""
-    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
-
-
 # -- Agent ------------------------------------------------------------------------------------------------------------
 
 
@@ -170,22 +149,20 @@ def make_agent(config: Config, env, env_params) -> Agent:
     action_size = continuous_action_size(env, env_params)
     config.check()
     clock = config.clock()
-    actor = Actor(config.actor_hidden, action_size)
+    actor = soft.Actor(config.actor_hidden, action_size)
+    policy = soft.policy_of(actor)
     critic = Critic(config.critic_hidden, config.num_critics)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
 
-    def sample_action(actor_parameters, observation, key):
-        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
-
     def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critics, actor and temperature, and one of the target critics towards the critics."""
         next_action_key, action_key = jax.random.split(key)
-        temperature = jnp.exp(learner.log_temperature)
+        temperature = jnp.exp(learner.log_temperature.parameters)
 
-        next_action, next_log_density = sample_action(learner.actor, batch.next_observation, next_action_key)
+        next_action, next_log_density = actor.sample(learner.actor.parameters, batch.next_observation, next_action_key)
         next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
         target = target_value(config, batch, next_values, next_log_density, temperature)
 
@@ -193,35 +170,31 @@ def make_agent(config: Config, env, env_params) -> Agent:
             values = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(values, target), values
 
-        (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.tree.norm(gradient)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (critic_value, values, critic_gradient_norm) = descend(
+            critic_adam, learner.critic, critic_objective
+        )
 
         def actor_objective(parameters):
-            action, log_density = sample_action(parameters, batch.observation, action_key)
-            values = critic.apply(critic_parameters, batch.observation, action)
+            action, log_density = actor.sample(parameters, batch.observation, action_key)
+            values = critic.apply(new_critic.parameters, batch.observation, action)
             return actor_loss(values, log_density, temperature), log_density
 
-        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
-        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
-        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
-        log_temperature = optax.apply_updates(learner.log_temperature, changes)
+        new_log_temperature, _ = descend(
+            temperature_adam,
+            learner.log_temperature,
+            lambda x: (soft.temperature_loss(x, log_density, target_entropy), ()),
+        )
 
-        target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
+        target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
             "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": values.mean(), "target": target.mean(),
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        learner = Learner(
-            actor_parameters, critic_parameters, target_critic, log_temperature,
-            actor_optimizer, critic_optimizer, temperature_optimizer,
-        )  # fmt: skip
+        learner = Learner(new_actor, new_critic, target_critic, new_log_temperature)
         return learner, jax.tree.map(average, metrics)
 
     def init(key: jax.Array) -> State:
@@ -229,11 +202,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
         observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
         actor_parameters = actor.init(actor_key, observation)
         critic_parameters = critic.init(critic_key, observation, action)
-        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        log_temperature = soft.log_temperature(config)
         learner = Learner(
-            actor_parameters, critic_parameters, critic_parameters, log_temperature,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
-            temperature_adam.init(log_temperature),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters), critic_parameters,
+            begin(temperature_adam, log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -244,7 +216,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            action, _ = policy.follow(state, state.experience.interaction.observation, act_key)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             return state._replace(key=key, experience=lived), episodes
 
@@ -258,26 +230,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
         state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
-        return policies.squashed_mode(mean)
-
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature) * log_density
-
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return law.equally_weighted(critic.apply(state.learner.critic, observation, action))
+        return law.equally_weighted(critic.apply(state.learner.critic.parameters, observation, action))
 
-    def export(state: State) -> dict[str, jax.Array]:
-        return portable.mlp_policy(
-            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
-        )
-
-    claim = Claim(target_policy, predict, config.discount, learns_mean=True)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount, learns_mean=True)
+    return Agent(init, step, memoryless(policy.act), clock, claim, policy.export)
 
 
 if __name__ == "__main__":

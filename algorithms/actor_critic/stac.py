@@ -44,6 +44,7 @@ from jaxrl_dist.learning import experience, networks, policies, portable, return
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -161,12 +162,10 @@ def floored_softplus(position: jax.Array) -> jax.Array:
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_critic: chex.ArrayTree
     log_temperature: jax.Array
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
 
 
 class State(NamedTuple):
@@ -238,7 +237,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_action_key, next_dropout_key, critic_key, action_key, actor_key = jax.random.split(key, 5)
         temperature = jnp.exp(learner.log_temperature)
 
-        next_action, next_log_density = sample_action(learner.actor, batch.next_observation, next_action_key)
+        next_action, next_log_density = sample_action(learner.actor.parameters, batch.next_observation, next_action_key)
         next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action, next_dropout_key)
         next_value = pessimistic(config, next_mean, next_std)
         target = target_value(config, batch, next_value, next_log_density, temperature)
@@ -247,32 +246,26 @@ def make_agent(config: Config, env, env_params) -> Agent:
             mean, std = moments(parameters, batch.observation, batch.action, critic_key)
             return critic_loss(mean, std, target), (mean, std)
 
-        (critic_value, (mean, std)), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.tree.norm(gradient)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (critic_value, (mean, std), critic_gradient_norm) = descend(
+            critic_adam, learner.critic, critic_objective
+        )
 
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, action_key)
-            value = pessimistic(config, *moments(critic_parameters, batch.observation, action, actor_key))
+            value = pessimistic(config, *moments(new_critic.parameters, batch.observation, action, actor_key))
             return actor_loss(value, log_density, temperature), log_density
 
-        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
         log_temperature = next_log_temperature(config, learner.log_temperature, log_density, target_entropy)
 
-        target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
+        target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
             "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": mean.mean(), "std": std.mean(), "target": target.mean(),
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        learner = Learner(
-            actor_parameters, critic_parameters, target_critic, log_temperature,
-            actor_optimizer, critic_optimizer,
-        )  # fmt: skip
+        learner = Learner(new_actor, new_critic, target_critic, log_temperature)
         return learner, jax.tree.map(average, metrics)
 
     def init(key: jax.Array) -> State:
@@ -284,9 +277,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
         last["bias_0"] = last["bias_0"].at[0, 1].set(0)  # the deviation's
         log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
         learner = Learner(
-            actor_parameters, critic_parameters, critic_parameters, log_temperature,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
-        )  # fmt: skip
+            begin(actor_adam, actor_parameters),
+            begin(critic_adam, critic_parameters),
+            critic_parameters,
+            log_temperature,
+        )
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
@@ -311,20 +306,20 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
         return policies.squashed_mode(mean)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor, observation, key)
+        action, log_density = sample_action(state.learner.actor.parameters, observation, key)
         return action, -jnp.exp(state.learner.log_temperature) * log_density
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return gaussian.law(*critic.apply(state.learner.critic, observation, action))
+        return gaussian.law(*critic.apply(state.learner.critic.parameters, observation, action))
 
     def export(state: State) -> dict[str, jax.Array]:
-        parameters, arrays = state.learner.actor["params"]["mlp"], {}
+        parameters, arrays = state.learner.actor.parameters["params"]["mlp"], {}
         for index in range(len(config.actor_hidden) + 1):
             arrays |= {f"{name[:-2]}_{index}": x for name, x in parameters[f"layer_{index}"]["layers"].items()}
         for index in range(len(config.actor_hidden)):

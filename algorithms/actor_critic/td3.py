@@ -40,6 +40,7 @@ from jaxrl_dist.learning import experience, networks, portable, returns
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings, check_policy_delay
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -126,12 +127,10 @@ class Critic(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_actor: chex.ArrayTree
     target_critic: chex.ArrayTree
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
 
 
 class State(NamedTuple):
@@ -192,30 +191,27 @@ def make_agent(config: Config, env, env_params) -> Agent:
             values = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(values, target), values
 
-        (critic_value, values), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (critic_value, values, critic_gradient_norm) = descend(
+            critic_adam, learner.critic, critic_objective
+        )
         metrics = {
             "critic_loss": critic_value, "value": values.mean(), "target": target.mean(),
-            "critic_gradient_norm": optax.tree.norm(gradient),
+            "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        return learner._replace(critic=critic_parameters, critic_optimizer=critic_optimizer), metrics
+        return learner._replace(critic=new_critic), metrics
 
     def update_actor(learner: Learner, batch: Transition) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the actor, and one step of all targets towards their online networks."""
 
         def actor_objective(parameters):
             action = actor.apply(parameters, batch.observation)
-            return actor_loss(critic.apply(learner.critic, batch.observation, action)), action
+            return actor_loss(critic.apply(learner.critic.parameters, batch.observation, action)), action
 
-        (actor_value, action), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, action, _) = descend(actor_adam, learner.actor, actor_objective)
         learner = learner._replace(
-            actor=actor_parameters,
-            actor_optimizer=actor_optimizer,
-            target_actor=networks.polyak(learner.target_actor, actor_parameters, config.polyak),
-            target_critic=networks.polyak(learner.target_critic, learner.critic, config.polyak),
+            actor=new_actor,
+            target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
+            target_critic=networks.polyak(learner.target_critic, learner.critic.parameters, config.polyak),
         )
         return learner, {"actor_loss": actor_value, "saturation": (jnp.abs(action) > 0.99).mean()}
 
@@ -225,8 +221,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         actor_parameters = actor.init(actor_key, observation)
         critic_parameters = critic.init(critic_key, observation, action)
         learner = Learner(
-            actor_parameters, critic_parameters, actor_parameters, critic_parameters,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
+            actor_parameters, critic_parameters,
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -261,7 +257,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
+        return actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
 
     def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         action = act(state, observation, key)
@@ -273,11 +269,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        return law.equally_weighted(critic.apply(state.learner.critic, observation, action))
+        return law.equally_weighted(critic.apply(state.learner.critic.parameters, observation, action))
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.mlp_policy(
-            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
+            state.learner.actor.parameters["params"]["mlp"]["layers"], action_size, state.experience.normalizer
         )
 
     claim = Claim(target_policy, predict, config.discount, learns_mean=True)

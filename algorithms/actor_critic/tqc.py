@@ -39,10 +39,11 @@ from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.risk import Risk
-from jaxrl_dist.learning import experience, networks, policies, portable, returns
+from jaxrl_dist.learning import experience, networks, returns, soft
 from jaxrl_dist.learning.experience import Experience
 from jaxrl_dist.learning.interaction import Average, Transition, average
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
@@ -88,12 +89,9 @@ class Config(Settings):
     mean-variance:WEIGHT"""
 
 
-# d is the paper's (its table 1) per environment; Pendulum's sizes are ours, for a CPU.
+# d is the paper's (its table 1) per environment.
 PRESETS = {
-    "Pendulum-v1": {
-        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64), "num_critics": 3,
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
-    },
+    "Pendulum-v1": {**soft.PENDULUM, "num_critics": 3},
     "brax/hopper": {"quantiles_dropped": 5},
     "brax/halfcheetah": {"quantiles_dropped": 0},
     "brax/walker2d": {"quantiles_dropped": 2},
@@ -102,19 +100,6 @@ PRESETS = {
 }  # fmt: skip
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
-
-
-class Actor(nn.Module):
-    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
-
-    hidden: tuple[int, ...]
-    action_size: int
-
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), name="mlp")(observation)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, -20, 2)
 
 
 class Critic(nn.Module):
@@ -136,13 +121,10 @@ class Critic(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    actor: chex.ArrayTree
-    critic: chex.ArrayTree
+    actor: Trained
+    critic: Trained
     target_critic: chex.ArrayTree
-    log_temperature: jax.Array
-    actor_optimizer: optax.OptState
-    critic_optimizer: optax.OptState
-    temperature_optimizer: optax.OptState
+    log_temperature: Trained
 
 
 class State(NamedTuple):
@@ -177,11 +159,6 @@ def actor_loss(risk: Risk, atoms: jax.Array, log_density: jax.Array, temperature
     return (temperature * log_density - values).mean()
 
 
-def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
-    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target."""
-    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
-
-
 # -- Agent ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +171,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         config.quantiles_dropped < config.num_quantiles,
         f"--quantiles-dropped is {config.quantiles_dropped}; it must be below --num-quantiles = {config.num_quantiles}",
     )
-    actor = Actor(config.actor_hidden, action_size)
+    actor = soft.Actor(config.actor_hidden, action_size)
+    policy = soft.policy_of(actor)
     critic = Critic(config.critic_hidden, config.num_critics, config.num_quantiles)
     risk = risks.parse(config.risk)
     actor_adam = optax.adam(config.actor_learning_rate)
@@ -202,15 +180,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
 
-    def sample_action(actor_parameters, observation, key):
-        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
-
     def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critics, actor and temperature, and one of the target critics towards the critics."""
         next_action_key, action_key = jax.random.split(key)
-        temperature = jnp.exp(learner.log_temperature)
+        temperature = jnp.exp(learner.log_temperature.parameters)
 
-        next_action, next_log_density = sample_action(learner.actor, batch.next_observation, next_action_key)
+        next_action, next_log_density = actor.sample(learner.actor.parameters, batch.next_observation, next_action_key)
         next_atoms = critic.apply(learner.target_critic, batch.next_observation, next_action)
         target = target_atoms(config, batch, next_atoms, next_log_density, temperature)
 
@@ -218,25 +193,22 @@ def make_agent(config: Config, env, env_params) -> Agent:
             atoms = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(config, atoms, target), atoms
 
-        (critic_value, atoms), gradient = jax.value_and_grad(critic_objective, has_aux=True)(learner.critic)
-        critic_gradient_norm = optax.tree.norm(gradient)
-        changes, critic_optimizer = critic_adam.update(gradient, learner.critic_optimizer)
-        critic_parameters = optax.apply_updates(learner.critic, changes)
+        new_critic, (critic_value, atoms, critic_gradient_norm) = descend(critic_adam, learner.critic, critic_objective)
 
         def actor_objective(parameters):
-            action, log_density = sample_action(parameters, batch.observation, action_key)
-            atoms = critic.apply(critic_parameters, batch.observation, action)
+            action, log_density = actor.sample(parameters, batch.observation, action_key)
+            atoms = critic.apply(new_critic.parameters, batch.observation, action)
             return actor_loss(risk, atoms, log_density, temperature), log_density
 
-        (actor_value, log_density), gradient = jax.value_and_grad(actor_objective, has_aux=True)(learner.actor)
-        changes, actor_optimizer = actor_adam.update(gradient, learner.actor_optimizer)
-        actor_parameters = optax.apply_updates(learner.actor, changes)
+        new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
-        gradient = jax.grad(temperature_loss)(learner.log_temperature, log_density, target_entropy)
-        changes, temperature_optimizer = temperature_adam.update(gradient, learner.temperature_optimizer)
-        log_temperature = optax.apply_updates(learner.log_temperature, changes)
+        new_log_temperature, _ = descend(
+            temperature_adam,
+            learner.log_temperature,
+            lambda x: (soft.temperature_loss(x, log_density, target_entropy), ()),
+        )
 
-        target_critic = networks.polyak(learner.target_critic, critic_parameters, config.polyak)
+        target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
             "largest_bonus": jnp.abs(temperature * next_log_density).max(),
@@ -244,10 +216,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             "truncation": next_atoms.mean() - quantile.truncate_pooled(next_atoms, config.quantiles_dropped).mean(),
             "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        learner = Learner(
-            actor_parameters, critic_parameters, target_critic, log_temperature,
-            actor_optimizer, critic_optimizer, temperature_optimizer,
-        )  # fmt: skip
+        learner = Learner(new_actor, new_critic, target_critic, new_log_temperature)
         return learner, jax.tree.map(average, metrics)
 
     def init(key: jax.Array) -> State:
@@ -255,11 +224,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
         observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
         actor_parameters = actor.init(actor_key, observation)
         critic_parameters = critic.init(critic_key, observation, action)
-        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        log_temperature = soft.log_temperature(config)
         learner = Learner(
-            actor_parameters, critic_parameters, critic_parameters, log_temperature,
-            actor_adam.init(actor_parameters), critic_adam.init(critic_parameters),
-            temperature_adam.init(log_temperature),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters), critic_parameters,
+            begin(temperature_adam, log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
@@ -270,7 +238,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            action, _ = policy.follow(state, state.experience.interaction.observation, act_key)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             return state._replace(key=key, experience=lived), episodes
 
@@ -284,27 +252,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
         state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration)
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor, normalize(state.experience.normalizer, observation))
-        return policies.squashed_mode(mean)
-
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature) * log_density
-
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
-        atoms = critic.apply(state.learner.critic, observation, action)
+        atoms = critic.apply(state.learner.critic.parameters, observation, action)
         return law.equally_weighted(atoms.reshape(observation.shape[0], -1))
 
-    def export(state: State) -> dict[str, jax.Array]:
-        return portable.mlp_policy(
-            state.learner.actor["params"]["mlp"]["layers"], action_size, state.experience.normalizer
-        )
-
-    claim = Claim(target_policy, predict, config.discount)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount)
+    return Agent(init, step, memoryless(policy.act), clock, claim, policy.export)
 
 
 if __name__ == "__main__":

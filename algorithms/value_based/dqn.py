@@ -43,6 +43,7 @@ from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
@@ -140,9 +141,8 @@ class Network(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    network: chex.ArrayTree
+    network: Trained
     target_network: chex.ArrayTree
-    optimizer: optax.OptState
     updates: jax.Array
 
 
@@ -190,27 +190,29 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
         next_values = network.apply(learner.target_network, batch.next_observation)
-        choosing_values = network.apply(learner.network, batch.next_observation) if config.double else next_values
+        choosing_values = (
+            network.apply(learner.network.parameters, batch.next_observation) if config.double else next_values
+        )
         target = target_value(batch, next_values, choosing_values)
 
         def objective(parameters):
             values = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(values, target, config.huber_threshold), values
 
-        (loss, values), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
-        changes, optimizer = adam.update(gradient, learner.optimizer)
-        parameters = optax.apply_updates(learner.network, changes)
+        new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
         updates = learner.updates + 1
-        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        target_network = networks.periodic_copy(
+            learner.target_network, new_network.parameters, updates, config.target_period
+        )
         metrics = {
-            "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": optax.tree.norm(gradient),
+            "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": gradient_norm,
         }  # fmt: skip
-        return Learner(parameters, target_network, optimizer, updates), metrics
+        return Learner(new_network, target_network, updates), metrics
 
     def init(key: jax.Array) -> State:
         key, network_key, warmup_key = jax.random.split(key, 3)
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
-        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=False,
@@ -238,7 +240,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def action_values(state: State, observation: jax.Array) -> jax.Array:
-        return network.apply(state.learner.network, observation)
+        return network.apply(state.learner.network.parameters, observation)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return action_values(state, observation).argmax(-1).astype(jnp.int32)
@@ -256,7 +258,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return law.equally_weighted(networks.at_action(action_values(state, observation), action)[:, None])
 
     def export(state: State) -> dict[str, jax.Array]:
-        return portable.greedy_policy(state.learner.network["params"], num_actions)
+        return portable.greedy_policy(state.learner.network.parameters["params"], num_actions)
 
     claim = Claim(target_policy, predict, config.discount, learns_mean=True)
     return Agent(init, step, memoryless(act), clock, claim, export)

@@ -48,6 +48,7 @@ from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count, require_environment
 
@@ -136,9 +137,8 @@ class Network(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    network: chex.ArrayTree
+    network: Trained
     target_network: chex.ArrayTree
-    optimizer: optax.OptState
     updates: jax.Array
 
 
@@ -224,21 +224,21 @@ def make_agent(config: Config, env, env_params) -> Agent:
             quantiles = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(quantiles, target, config.kappa), quantiles
 
-        (loss, values), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
-        changes, optimizer = adam.update(gradient, learner.optimizer)
-        parameters = optax.apply_updates(learner.network, changes)
+        new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
         updates = learner.updates + 1
-        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        target_network = networks.periodic_copy(
+            learner.target_network, new_network.parameters, updates, config.target_period
+        )
         metrics = {
-            "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": optax.tree.norm(gradient),
+            "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": gradient_norm,
             "crossings": quantile.crossing_count(values).mean(),
         }  # fmt: skip
-        return Learner(parameters, target_network, optimizer, updates), metrics
+        return Learner(new_network, target_network, updates), metrics
 
     def init(key: jax.Array) -> State:
         key, network_key, warmup_key = jax.random.split(key, 3)
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
-        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=False,
@@ -268,7 +268,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def preferences(state: State, observation: jax.Array) -> jax.Array:
-        quantiles = network.apply(state.learner.network, observation)
+        quantiles = network.apply(state.learner.network.parameters, observation)
         return stock_of.preferences(config.utility, observation[:, -1], quantiles)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
@@ -284,11 +284,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return act(state, observation, key), jnp.zeros(observation.shape[0])
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
-        return law.equally_weighted(networks.at_action(network.apply(state.learner.network, observation), action))
+        return law.equally_weighted(
+            networks.at_action(network.apply(state.learner.network.parameters, observation), action)
+        )
 
     def export(state: State) -> dict[str, jax.Array]:
         return portable.greedy_policy(
-            state.learner.network["params"], num_actions,
+            state.learner.network.parameters["params"], num_actions,
             utility=np.array(config.utility), stock_scale=config.stock_scale,
         )  # fmt: skip
 

@@ -52,6 +52,7 @@ from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
@@ -158,9 +159,8 @@ class Proposal(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    network: chex.ArrayTree
+    network: Trained
     target_network: chex.ArrayTree
-    optimizer: optax.OptState
     updates: jax.Array
 
 
@@ -259,18 +259,18 @@ def make_agent(config: Config, env, env_params) -> Agent:
             loss = loss_of(quantiles, middles, target, target_masses, config.kappa)
             return loss + fraction_loss(steps, quantiles, at_edges, config.entropy_weight), (loss, quantiles, steps)
 
-        (_, (loss, values, steps)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
-        changes, optimizer = optimizers.update(gradient, learner.optimizer)
-        parameters = optax.apply_updates(learner.network, changes)
+        new_network, (_, (loss, values, steps), gradient_norm) = descend(optimizers, learner.network, objective)
         updates = learner.updates + 1
-        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        target_network = networks.periodic_copy(
+            learner.target_network, new_network.parameters, updates, config.target_period
+        )
         metrics = {
             "loss": loss, "value": (steps.masses * values).sum(-1).mean(),
             "target": (next_steps.masses * target).sum(-1).mean(),
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": gradient_norm,
             "fraction_entropy": jax.scipy.special.entr(steps.masses).sum(-1).mean(),
         }  # fmt: skip
-        return Learner(parameters, target_network, optimizer, updates), metrics
+        return Learner(new_network, target_network, updates), metrics
 
     def init(key: jax.Array) -> State:
         key, torso_key, head_key, proposal_key, warmup_key = jax.random.split(key, 5)
@@ -282,7 +282,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             "head": head.init(head_key, features, jnp.zeros((1, config.num_fractions))),
             "proposal": proposal.init(proposal_key, features),
         }
-        learner = Learner(parameters, parameters, optimizers.init(parameters), jnp.int32(0))
+        learner = Learner(begin(optimizers, parameters), parameters, jnp.int32(0))
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=False,
@@ -310,9 +310,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def laws(state: State, observation: jax.Array) -> Law:
-        features = torso.apply(state.learner.network["torso"], observation)
-        steps = staircase(proposal.apply(state.learner.network["proposal"], features))
-        return Law(head.apply(state.learner.network["head"], features, steps.middles), steps.masses[:, None])
+        features = torso.apply(state.learner.network.parameters["torso"], observation)
+        steps = staircase(proposal.apply(state.learner.network.parameters["proposal"], features))
+        return Law(head.apply(state.learner.network.parameters["head"], features, steps.middles), steps.masses[:, None])
 
     def action_values(state: State, observation: jax.Array) -> jax.Array:
         return risks.value(risk, laws(state, observation))
@@ -334,7 +334,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return Law(networks.at_action(atoms, action), masses[:, 0])
 
     def export(state: State) -> dict[str, jax.Array]:
-        parts = {name: parameters.get("params", {}) for name, parameters in state.learner.network.items()}
+        parts = {name: parameters.get("params", {}) for name, parameters in state.learner.network.parameters.items()}
         return portable.greedy_policy(parts, num_actions, proposal=parts["proposal"]["layers"], **risks.tables(risk))
 
     claim = Claim(target_policy, predict, config.discount)

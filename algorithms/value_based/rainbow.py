@@ -45,6 +45,7 @@ from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable, replay
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
+from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.replay import Priorities
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
@@ -169,9 +170,8 @@ class Network(nn.Module):
 class Learner(NamedTuple):
     """What updates change."""
 
-    network: chex.ArrayTree
+    network: Trained
     target_network: chex.ArrayTree
-    optimizer: optax.OptState
     updates: jax.Array
 
 
@@ -224,7 +224,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_laws = jax.nn.softmax(logits_of(learner.target_network, batch.next_observation, target_key))
         choosing = next_laws
         if config.double:
-            choosing = jax.nn.softmax(logits_of(learner.network, batch.next_observation, choosing_key))
+            choosing = jax.nn.softmax(logits_of(learner.network.parameters, batch.next_observation, choosing_key))
         next_action = risks.value(risk, Law(support, choosing), ascending=True).argmax(-1)
         next_masses = networks.at_action(next_laws, next_action)
         target = target_masses(batch, next_masses, support)
@@ -234,22 +234,22 @@ def make_agent(config: Config, env, env_params) -> Agent:
             loss, divergence = loss_of(logits, target, weights)
             return loss, (divergence, (jax.nn.softmax(logits) * support).sum(-1))
 
-        (loss, (divergence, values)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.network)
-        changes, optimizer = adam.update(gradient, learner.optimizer)
-        parameters = optax.apply_updates(learner.network, changes)
+        new_network, (loss, (divergence, values), gradient_norm) = descend(adam, learner.network, objective)
         updates = learner.updates + 1
-        target_network = networks.periodic_copy(learner.target_network, parameters, updates, config.target_period)
+        target_network = networks.periodic_copy(
+            learner.target_network, new_network.parameters, updates, config.target_period
+        )
         metrics = {
             "loss": loss, "value": values.mean(), "target": (target * support).sum(-1).mean(),
             "clipped_mass": categorical.clipped_mass(batch.reward, batch.discount, next_masses, support).mean(),
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": gradient_norm,
         }  # fmt: skip
-        return Learner(parameters, target_network, optimizer, updates), divergence, metrics
+        return Learner(new_network, target_network, updates), divergence, metrics
 
     def init(key: jax.Array) -> State:
         key, network_key, warmup_key = jax.random.split(key, 3)
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)), False)
-        learner = Learner(parameters, parameters, adam.init(parameters), jnp.int32(0))
+        learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
         filled = experience.warm_up(
             env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
             capacity=config.replay_capacity, normalize_observations=False,
@@ -289,7 +289,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return Law(support, jax.nn.softmax(logits))
 
     def mean_logits(state: State, observation: jax.Array) -> jax.Array:
-        return network.apply(state.learner.network, observation, False)
+        return network.apply(state.learner.network.parameters, observation, False)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return risks.value(risk, laws(mean_logits(state, observation)), ascending=True).argmax(-1).astype(jnp.int32)
@@ -299,7 +299,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
             config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
         )
         key, noise_key = jax.random.split(key)
-        values = risks.value(risk, laws(logits_of(state.learner.network, observation, noise_key)), ascending=True)
+        values = risks.value(
+            risk, laws(logits_of(state.learner.network.parameters, observation, noise_key)), ascending=True
+        )
         return policies.epsilon_greedy(key, values, epsilon)
 
     def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -310,7 +312,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         return Law(jnp.broadcast_to(support, masses.shape), masses)
 
     def export(state: State) -> dict[str, jax.Array]:
-        parameters = state.learner.network["params"]
+        parameters = state.learner.network.parameters["params"]
         head = {
             stream: {
                 "layers": {

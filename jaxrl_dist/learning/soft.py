@@ -1,0 +1,76 @@
+"""What soft actor-critics share: a squashed Gaussian actor, its temperature, and how they act, explore and export."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrl_dist.learning import networks, policies, portable
+from jaxrl_dist.learning.normalization import normalize
+
+# Sizes and step sizes for a CPU, ours.
+PENDULUM = {
+    "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
+    "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
+}  # fmt: skip
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+
+    hidden: tuple[int, ...]
+    action_size: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = networks.MLP((*self.hidden, 2 * self.action_size), name="mlp")(observation)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return mean, jnp.clip(log_std, -20, 2)
+
+    def sample(self, parameters: Any, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Action `[batch, actions]` and its log-density `[batch]`, reparameterised."""
+        return policies.squashed_gaussian(key, *self.apply(parameters, observation))
+
+
+def log_temperature(config: Any) -> jax.Array:
+    """log alpha at the start."""
+    return jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+
+
+def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
+    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target.
+
+    Source: the authors' code of SAC, arXiv 1812.05905, whose eq. 18 has alpha in place of log alpha.
+    """
+    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
+
+
+class SoftPolicy(NamedTuple):
+    """The policies of a state with `learner.actor`, `learner.log_temperature` (both `Trained`) and `experience`."""
+
+    act: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    """without exploration: the mode"""
+    follow: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    """an action as it is drawn, and its entropy bonus `[batch]`: what explores, and what the critic's return is of"""
+    export: Callable[[Any], dict[str, jax.Array]]
+
+
+def policy_of(actor: Actor) -> SoftPolicy:
+    """Acting, exploring and exporting by an `Actor`."""
+
+    def act(state: Any, observation: jax.Array, key: jax.Array) -> jax.Array:
+        mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
+        return policies.squashed_mode(mean)
+
+    def follow(state: Any, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        observation = normalize(state.experience.normalizer, observation)
+        action, log_density = actor.sample(state.learner.actor.parameters, observation, key)
+        return action, -jnp.exp(state.learner.log_temperature.parameters) * log_density
+
+    def export(state: Any) -> dict[str, jax.Array]:
+        layers = state.learner.actor.parameters["params"]["mlp"]["layers"]
+        return portable.mlp_policy(layers, actor.action_size, state.experience.normalizer)
+
+    return SoftPolicy(act, follow, export)

@@ -246,9 +246,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_parameters, critic_parameters, jnp.int32(0),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:

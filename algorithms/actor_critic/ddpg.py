@@ -32,9 +32,9 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, configuration, require
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, portable, returns
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
@@ -143,10 +143,9 @@ class State(NamedTuple):
 # -- Losses and targets -----------------------------------------------------------------------------------------------
 
 
-def target_value(config: Config, batch: Transition, next_value: jax.Array) -> jax.Array:
+def target_value(batch: Batch, next_value: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted value `[batch]`: `[batch]`."""
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return batch.reward + discount * next_value
+    return batch.reward + batch.discount * next_value
 
 
 def critic_loss(value: jax.Array, target: jax.Array) -> jax.Array:
@@ -184,11 +183,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
         optax.add_decayed_weights(config.critic_weight_decay), optax.adam(config.critic_learning_rate)
     )
 
-    def update(learner: Learner, batch: Transition) -> tuple[Learner, dict[str, Average]]:
+    def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critic and actor, and one of the targets towards their online networks."""
         next_action = actor.apply(learner.target_actor, batch.next_observation)
         next_value = critic.apply(learner.target_critic, batch.next_observation, next_action)
-        target = target_value(config, batch, next_value)
+        target = target_value(batch, next_value)
 
         def critic_objective(parameters):
             value = critic.apply(parameters, batch.observation, batch.action)
@@ -225,9 +224,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_parameters, critic_parameters,
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, jnp.zeros((config.num_envs, action_size)), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -240,7 +238,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def learn(state, _):
             key, sample_key = jax.random.split(state.key, 3)[:2]  # as many as TD3: runs can be compared bit for bit
-            batch = experience.sample(state.experience, sample_key, config.batch_size)
+            batch = experience.sample(state.experience, sample_key, config.batch_size, config.discount)
             learner, losses = update(state.learner, batch)
             return state._replace(key=key, learner=learner), losses
 

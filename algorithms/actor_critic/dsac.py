@@ -49,9 +49,9 @@ from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Rea
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, returns
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings, check_policy_delay
@@ -187,11 +187,10 @@ class State(NamedTuple):
 
 
 def target_return(
-    config: Config, batch: Transition, next_return: jax.Array, next_log_density: jax.Array, temperature: jax.Array
+    config: Config, batch: Batch, next_return: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
     """Scaled reward plus the successor's discounted soft return, `[batch]`."""
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return config.reward_scale * batch.reward + discount * (next_return - temperature * next_log_density)
+    return config.reward_scale * batch.reward + batch.discount * (next_return - temperature * next_log_density)
 
 
 def critic_loss(config: Config, mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
@@ -242,7 +241,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def moments(critic_parameters, observation, action):
         return critic.apply(critic_parameters, observation, action, config.min_std, config.max_std)
 
-    def update_critic(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+    def update_critic(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critic."""
         next_action_key, noise_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
@@ -266,7 +265,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         }  # fmt: skip
         return learner._replace(critic=new_critic), metrics
 
-    def update_actor(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+    def update_actor(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
         temperature = jnp.exp(learner.log_temperature.parameters)
 
@@ -301,9 +300,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_parameters, critic_parameters, begin(temperature_adam, log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -316,7 +314,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             # One update of the actor, on the last of the batches that the critic was updated with before it.
             key, sample_key, critic_key, actor_key = jax.random.split(state.key, 4)
-            batches = experience.sample_batches(state.experience, sample_key, config.policy_delay, config.batch_size)
+            batches = experience.sample_batches(
+                state.experience, sample_key, config.policy_delay, config.batch_size, config.discount
+            )
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, turn: update_critic(learner, turn[0], jax.random.fold_in(critic_key, turn[1])),
                 state.learner,

@@ -48,9 +48,9 @@ from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Rea
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, returns
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings, check_policy_delay
@@ -189,13 +189,12 @@ def of_lowest(mean: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def target_returns(
-    config: Config, batch: Transition, next_mean: jax.Array, next_sample: jax.Array, next_log_density: jax.Array,
+    config: Config, batch: Batch, next_mean: jax.Array, next_sample: jax.Array, next_log_density: jax.Array,
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """y_q and y_z, `[batch]` each, from the target critics' means and samples, `[batch, critics]`."""
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
     mean_target, std_target = (  # by the mean, also for the sample: both are of the same critic
-        batch.reward + discount * (of_lowest(next_mean, x) - temperature * next_log_density)
+        batch.reward + batch.discount * (of_lowest(next_mean, x) - temperature * next_log_density)
         for x in (next_mean, next_sample)
     )
     return (mean_target if config.expected_value_substitution else std_target), std_target
@@ -264,7 +263,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def sample_action(actor_parameters, observation, key):
         return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
 
-    def update_critic(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+    def update_critic(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critics, and of the running mean of their deviations."""
         next_action_key, noise_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
@@ -290,7 +289,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         learner = learner._replace(critic=new_critic, running_std=running_std)
         return learner, metrics
 
-    def update_actor(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+    def update_actor(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
         temperature = jnp.exp(learner.log_temperature.parameters)
 
@@ -324,9 +323,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             jnp.zeros(config.num_critics),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -339,7 +337,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             # One update of the actor, on the last of the batches that the critics were updated with before it.
             key, sample_key, critic_key, actor_key = jax.random.split(state.key, 4)
-            batches = experience.sample_batches(state.experience, sample_key, config.policy_delay, config.batch_size)
+            batches = experience.sample_batches(
+                state.experience, sample_key, config.policy_delay, config.batch_size, config.discount
+            )
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, turn: update_critic(learner, turn[0], jax.random.fold_in(critic_key, turn[1])),
                 state.learner,

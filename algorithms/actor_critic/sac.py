@@ -38,9 +38,9 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, returns, soft
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, soft
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
@@ -124,11 +124,10 @@ class State(NamedTuple):
 
 
 def target_value(
-    config: Config, batch: Transition, next_values: jax.Array, next_log_density: jax.Array, temperature: jax.Array
+    batch: Batch, next_values: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
     """Reward plus the successor's discounted soft value, the smallest of the critics' `[batch, critics]`: `[batch]`."""
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return batch.reward + discount * (next_values.min(-1) - temperature * next_log_density)
+    return batch.reward + batch.discount * (next_values.min(-1) - temperature * next_log_density)
 
 
 def critic_loss(values: jax.Array, target: jax.Array) -> jax.Array:
@@ -157,14 +156,14 @@ def make_agent(config: Config, env, env_params) -> Agent:
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
 
-    def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
+    def update(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critics, actor and temperature, and one of the target critics towards the critics."""
         next_action_key, action_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
 
         next_action, next_log_density = actor.sample(learner.actor.parameters, batch.next_observation, next_action_key)
         next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
-        target = target_value(config, batch, next_values, next_log_density, temperature)
+        target = target_value(batch, next_values, next_log_density, temperature)
 
         def critic_objective(parameters):
             values = critic.apply(parameters, batch.observation, batch.action)
@@ -208,9 +207,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             begin(temperature_adam, log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -222,7 +220,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def learn(state, _):
             key, sample_key, update_key = jax.random.split(state.key, 3)
-            batch = experience.sample(state.experience, sample_key, config.batch_size)
+            batch = experience.sample(state.experience, sample_key, config.batch_size, config.discount)
             learner, losses = update(state.learner, batch, update_key)
             return state._replace(key=key, learner=learner), losses
 

@@ -40,9 +40,9 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Bounds, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, returns
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
@@ -184,12 +184,9 @@ def pessimistic(config: Config, mean: jax.Array, std: jax.Array) -> jax.Array:
     return mean - config.pessimism * std
 
 
-def target_value(
-    config: Config, batch: Transition, next_value: jax.Array, next_log_density: jax.Array, temperature: jax.Array
-) -> jax.Array:
+def target_value(batch: Batch, next_value: jax.Array, next_log_density: jax.Array, temperature: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted soft and pessimistic value, `[batch]`."""
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return batch.reward + discount * (next_value - temperature * next_log_density)
+    return batch.reward + batch.discount * (next_value - temperature * next_log_density)
 
 
 def critic_loss(mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
@@ -232,7 +229,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def moments(critic_parameters, observation, action, key):
         return critic.apply(critic_parameters, observation, action, config.critic_dropout, rngs={"dropout": key})
 
-    def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
+    def update(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critic, actor and temperature, and one of the target critic towards the critic."""
         next_action_key, next_dropout_key, critic_key, action_key, actor_key = jax.random.split(key, 5)
         temperature = jnp.exp(learner.log_temperature)
@@ -240,7 +237,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_action, next_log_density = sample_action(learner.actor.parameters, batch.next_observation, next_action_key)
         next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action, next_dropout_key)
         next_value = pessimistic(config, next_mean, next_std)
-        target = target_value(config, batch, next_value, next_log_density, temperature)
+        target = target_value(batch, next_value, next_log_density, temperature)
 
         def critic_objective(parameters):
             mean, std = moments(parameters, batch.observation, batch.action, critic_key)
@@ -283,9 +280,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             log_temperature,
         )
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -297,7 +293,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def learn(state, _):
             key, sample_key, update_key = jax.random.split(state.key, 3)
-            batch = experience.sample(state.experience, sample_key, config.batch_size)
+            batch = experience.sample(state.experience, sample_key, config.batch_size, config.discount)
             learner, losses = update(state.learner, batch, update_key)
             return state._replace(key=key, learner=learner), losses
 

@@ -36,9 +36,9 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, Fraction, NonNegative, configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, portable, returns
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, portable
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings, check_policy_delay
@@ -151,10 +151,9 @@ def smoothed_action(config: Config, action: jax.Array, noise: jax.Array) -> jax.
     )
 
 
-def target_value(config: Config, batch: Transition, next_values: jax.Array) -> jax.Array:
+def target_value(batch: Batch, next_values: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted value, the smallest of the critics' `[batch, critics]`: `[batch]`."""
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return batch.reward + discount * next_values.min(-1)
+    return batch.reward + batch.discount * next_values.min(-1)
 
 
 def critic_loss(values: jax.Array, target: jax.Array) -> jax.Array:
@@ -181,11 +180,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
 
-    def update_critic(learner: Learner, batch: Transition, noise: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
+    def update_critic(learner: Learner, batch: Batch, noise: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critics."""
         next_action = smoothed_action(config, actor.apply(learner.target_actor, batch.next_observation), noise)
         next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
-        target = target_value(config, batch, next_values)
+        target = target_value(batch, next_values)
 
         def critic_objective(parameters):
             values = critic.apply(parameters, batch.observation, batch.action)
@@ -200,7 +199,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         }  # fmt: skip
         return learner._replace(critic=new_critic), metrics
 
-    def update_actor(learner: Learner, batch: Transition) -> tuple[Learner, dict[str, jax.Array]]:
+    def update_actor(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the actor, and one step of all targets towards their online networks."""
 
         def actor_objective(parameters):
@@ -225,9 +224,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             actor_parameters, critic_parameters,
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -240,7 +238,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         def learn(state, _):
             # One update of the actor, on the last of the batches that the critics were updated with before it.
             key, sample_key, noise_key = jax.random.split(state.key, 3)
-            batches = experience.sample_batches(state.experience, sample_key, config.policy_delay, config.batch_size)
+            batches = experience.sample_batches(
+                state.experience, sample_key, config.policy_delay, config.batch_size, config.discount
+            )
             noise = jax.random.normal(noise_key, batches.action.shape)
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, batch_and_noise: update_critic(learner, *batch_and_noise),

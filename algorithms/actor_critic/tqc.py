@@ -39,9 +39,9 @@ from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.risk import Risk
-from jaxrl_dist.learning import experience, networks, returns, soft
-from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Average, Transition, average
+from jaxrl_dist.learning import experience, networks, soft
+from jaxrl_dist.learning.experience import Batch, Experience
+from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.settings import Settings
@@ -139,12 +139,11 @@ class State(NamedTuple):
 
 
 def target_atoms(
-    config: Config, batch: Transition, next_atoms: jax.Array, next_log_density: jax.Array, temperature: jax.Array
+    config: Config, batch: Batch, next_atoms: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
     """Truncated mixture of the successors' soft returns, `[batch, critics * (quantiles - dropped)]`."""
     kept = quantile.truncate_pooled(next_atoms, config.quantiles_dropped)
-    discount = returns.bootstrap_discount(config.discount, batch.terminated)
-    return batch.reward[:, None] + discount[:, None] * (kept - temperature * next_log_density[:, None])
+    return batch.reward[:, None] + batch.discount[:, None] * (kept - temperature * next_log_density[:, None])
 
 
 def critic_loss(config: Config, atoms: jax.Array, target: jax.Array) -> jax.Array:
@@ -180,7 +179,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
 
-    def update(learner: Learner, batch: Transition, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
+    def update(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critics, actor and temperature, and one of the target critics towards the critics."""
         next_action_key, action_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
@@ -230,9 +229,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             begin(temperature_adam, log_temperature),
         )  # fmt: skip
         filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=config.normalize_observations,
-        )  # fmt: skip
+            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
+        )
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -244,7 +242,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def learn(state, _):
             key, sample_key, update_key = jax.random.split(state.key, 3)
-            batch = experience.sample(state.experience, sample_key, config.batch_size)
+            batch = experience.sample(state.experience, sample_key, config.batch_size, config.discount)
             learner, losses = update(state.learner, batch, update_key)
             return state._replace(key=key, learner=learner), losses
 

@@ -239,10 +239,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         key, network_key, warmup_key = jax.random.split(key, 3)
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
         learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
-        filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=False,
-        )  # fmt: skip
+        filled = experience.warm_up(env, env_params, warmup_key, config)
         return State(learner, filled, jnp.int32(clock.warmup_steps), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:

@@ -34,52 +34,23 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
-from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, configuration
+from jaxrl_dist.configuration import Count, NonNegative, configuration
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning import experience, greedy, networks, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.optimization import Trained, begin, descend
-from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config(Settings):
+class Config(greedy.Settings):
     """Settings of IQN. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 8
-    updates_per_iteration: Count = 2
-    warmup_steps: Count = 5_000
-    replay_capacity: Count = 100_000
-    batch_size: Count = 64
-    num_steps: Count = 1
-    """steps of reward in a target before it bootstraps"""
-
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
-    reward_clip: NonNegative = 0.0
-    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
-    evaluation counts the raw ones; 0: no cut"""
-    target_period: Count = 1_000
-    """updates between two copies of the network into the target network"""
-    learning_rate: NonNegative = 2.5e-4
-    """step size of Adam"""
-    adam_epsilon: Positive = 3.125e-4
-    """what Adam adds to its denominator"""
-    epsilon_start: Fraction = 1.0
-    """probability of a random action at the first step"""
-    epsilon_end: Fraction = 0.05
-    """probability of a random action from `exploration_steps` on"""
-    exploration_steps: Count = 50_000
-    """environment steps in which that probability falls, warm-up included"""
-
-    hidden: Layers = (128, 128)
-    """widths of the hidden layers, after the convolution if observations are images; the last is after the merge"""
     cosines: Count = 64
     """cosines that embed a fraction"""
     num_fractions: Count = 64
@@ -98,33 +69,13 @@ class Config(Settings):
 
 # Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's.
 PRESETS = {
-    "CartPole-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 200, "learning_rate": 5e-4,
-        "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8,
-    },
-    "Acrobot-v1": {
-        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 200, "learning_rate": 5e-4,
-        "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8,
-    },
-    "Catch-bsuite": {
-        "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
-        "exploration_steps": 5_000, "hidden": (64, 64),
-        "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8,
-    },
-    "Breakout-MinAtar": {
-        "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
-        "hidden": (128, 128),
-        "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8,
-    },
-    "paper": {
-        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
-        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 1_000_000, "learning_rate": 5e-5, "hidden": (512, 512),
-        "reward_clip": 1.0,
-    },
-}  # fmt: skip
+    "CartPole-v1": greedy.CARTPOLE | {"num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8},
+    "Acrobot-v1": greedy.ACROBOT | {"num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8},
+    "Catch-bsuite": greedy.CATCH | {"num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8},
+    "Breakout-MinAtar": greedy.BREAKOUT
+    | {"hidden": (128, 128), "num_fractions": 8, "num_target_fractions": 8, "num_policy_fractions": 8},
+    "paper": greedy.ATARI | {"learning_rate": 5e-5, "hidden": (512, 512)},
+}
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
 
@@ -221,16 +172,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
         observation = jnp.zeros((1, *env.observation_space(env_params).shape))
         parameters = network.init(network_key, observation, policy_midpoints[None])
         learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
-        filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=False,
-        )  # fmt: skip
+        filled = experience.warm_up(env, env_params, warmup_key, config)
         return State(learner, filled, jnp.int32(clock.warmup_steps), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action = explore(state, state.experience.interaction.observation, act_key)
+            action = policy.explore(state, state.experience.interaction.observation, act_key)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             return State(state.learner, lived, state.env_steps + config.num_envs, key), episodes
 
@@ -254,19 +202,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def midpoints(observation: jax.Array) -> jax.Array:
         return jnp.broadcast_to(policy_midpoints, (observation.shape[0], config.num_policy_fractions))
 
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return action_values(state, observation, midpoints(observation)).argmax(-1).astype(jnp.int32)
-
-    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        epsilon = policies.linear_schedule(
-            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
+    def drawn_values(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        return action_values(
+            state, observation, jax.random.uniform(key, (observation.shape[0], config.num_policy_fractions))
         )
-        key, fraction_key = jax.random.split(key)
-        fractions = jax.random.uniform(fraction_key, (observation.shape[0], config.num_policy_fractions))
-        return policies.epsilon_greedy(key, action_values(state, observation, fractions), epsilon)
 
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return act(state, observation, key), jnp.zeros(observation.shape[0])
+    policy = greedy.policy_of(config, lambda state, x: action_values(state, x, midpoints(x)), drawn_values)
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         quantiles = network.apply(state.learner.network.parameters, observation, midpoints(observation))
@@ -278,8 +219,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
             variance_penalty=risks.variance_penalty(risk),
         )  # fmt: skip
 
-    claim = Claim(target_policy, predict, config.discount)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount)
+    return Agent(init, step, memoryless(policy.act), clock, claim, export)
 
 
 if __name__ == "__main__":

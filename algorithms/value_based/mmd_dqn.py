@@ -36,52 +36,23 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
-from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, Real, configuration, require
+from jaxrl_dist.configuration import Count, Real, configuration, require
 from jaxrl_dist.distributional import law, mmd
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning import experience, greedy, networks, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.optimization import Trained, begin, descend
-from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config(Settings):
+class Config(greedy.Settings):
     """Settings of MMD-DQN. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 8
-    updates_per_iteration: Count = 2
-    warmup_steps: Count = 5_000
-    replay_capacity: Count = 100_000
-    batch_size: Count = 64
-    num_steps: Count = 1
-    """steps of reward in a target before it bootstraps"""
-
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
-    reward_clip: NonNegative = 0.0
-    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
-    evaluation counts the raw ones; 0: no cut"""
-    target_period: Count = 1_000
-    """updates between two copies of the network into the target network"""
-    learning_rate: NonNegative = 2.5e-4
-    """step size of Adam"""
-    adam_epsilon: Positive = 3.125e-4
-    """what Adam adds to its denominator"""
-    epsilon_start: Fraction = 1.0
-    """probability of a random action at the first step"""
-    epsilon_end: Fraction = 0.05
-    """probability of a random action from `exploration_steps` on"""
-    exploration_steps: Count = 50_000
-    """environment steps in which that probability falls, warm-up included"""
-
-    hidden: Layers = (128, 128)
-    """widths of the hidden layers, after the convolution if observations are images"""
     num_particles: Count = 200
     """particles per action"""
     kernel: Literal["gaussian", "energy"] = "gaussian"
@@ -98,34 +69,13 @@ class Config(Settings):
 # Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's. Returns
 # of 100 need wide kernels: particles that are further apart than the widest one pull at each other no more.
 PRESETS = {
-    "CartPole-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 200, "learning_rate": 5e-4,
-        "num_particles": 16,
-    },
-    "Acrobot-v1": {
-        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 200, "learning_rate": 5e-4,
-        "num_particles": 16,
-    },
-    "Catch-bsuite": {
-        "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
-        "exploration_steps": 5_000, "hidden": (64, 64),
-        "num_particles": 8, "bandwidths": tuple(2.0**i for i in range(-2, 9)),
-    },
-    "Breakout-MinAtar": {
-        "total_steps": 200_000, "batch_size": 32, "exploration_steps": 100_000, "epsilon_end": 0.01,
-        "hidden": (128,),
-        "num_particles": 16, "bandwidths": tuple(2.0**i for i in range(-2, 9)),
-    },
-    "paper": {
-        "num_envs": 1, "steps_per_iteration": 4, "updates_per_iteration": 1, "warmup_steps": 50_000,
-        "replay_capacity": 1_000_000, "batch_size": 32, "target_period": 2_500, "epsilon_end": 0.01,
-        "exploration_steps": 1_000_000, "hidden": (512,), "learning_rate": 5e-5,
-        "bandwidths": tuple(float(h) for h in range(1, 11)), "bandwidth_exponent": 0.0,
-        "reward_clip": 1.0,
-    },
-}  # fmt: skip
+    "CartPole-v1": greedy.CARTPOLE | {"num_particles": 16},
+    "Acrobot-v1": greedy.ACROBOT | {"num_particles": 16},
+    "Catch-bsuite": greedy.CATCH | {"num_particles": 8, "bandwidths": tuple(2.0**i for i in range(-2, 9))},
+    "Breakout-MinAtar": greedy.BREAKOUT | {"num_particles": 16, "bandwidths": tuple(2.0**i for i in range(-2, 9))},
+    "paper": greedy.ATARI
+    | {"learning_rate": 5e-5, "bandwidths": tuple(float(h) for h in range(1, 11)), "bandwidth_exponent": 0.0},
+}
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
 
@@ -219,16 +169,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
         key, network_key, warmup_key = jax.random.split(key, 3)
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)))
         learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
-        filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=False,
-        )  # fmt: skip
+        filled = experience.warm_up(env, env_params, warmup_key, config)
         return State(learner, filled, jnp.int32(clock.warmup_steps), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action = explore(state, state.experience.interaction.observation, act_key)
+            action = policy.explore(state, state.experience.interaction.observation, act_key)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             return State(state.learner, lived, state.env_steps + config.num_envs, key), episodes
 
@@ -248,17 +195,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def action_values(state: State, observation: jax.Array) -> jax.Array:
         return risks.value_of_atoms(risk, network.apply(state.learner.network.parameters, observation))
 
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return action_values(state, observation).argmax(-1).astype(jnp.int32)
-
-    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        epsilon = policies.linear_schedule(
-            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
-        )
-        return policies.epsilon_greedy(key, action_values(state, observation), epsilon)
-
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return act(state, observation, key), jnp.zeros(observation.shape[0])
+    policy = greedy.policy_of(config, action_values)
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         return law.equally_weighted(
@@ -268,8 +205,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def export(state: State) -> dict[str, jax.Array]:
         return portable.greedy_policy(state.learner.network.parameters["params"], num_actions, **risks.tables(risk))
 
-    claim = Claim(target_policy, predict, config.discount)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount)
+    return Agent(init, step, memoryless(policy.act), clock, claim, export)
 
 
 if __name__ == "__main__":

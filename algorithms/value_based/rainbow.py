@@ -38,53 +38,29 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
-from jaxrl_dist.configuration import Count, Fraction, Layers, NonNegative, Positive, Real, configuration
+from jaxrl_dist.configuration import Count, Fraction, NonNegative, Real, configuration
 from jaxrl_dist.distributional import categorical
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, replay
+from jaxrl_dist.learning import experience, greedy, networks, policies, portable, replay
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.replay import Priorities
-from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import discrete_action_count
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config(Settings):
+class Config(greedy.Settings):
     """Settings of Rainbow. Floats can be swept within one compiled program."""
 
-    num_envs: Count = 8
-    updates_per_iteration: Count = 2
-    warmup_steps: Count = 5_000
-    replay_capacity: Count = 100_000
-    batch_size: Count = 64
     num_steps: Count = 3
-    """steps of reward in a target before it bootstraps"""
 
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
-    reward_clip: NonNegative = 0.0
-    """learn from rewards cut to plus or minus this (Atari: 1), so that what is predicted are returns of cut rewards;
-    evaluation counts the raw ones; 0: no cut"""
-    target_period: Count = 1_000
-    """updates between two copies of the network into the target network"""
-    learning_rate: NonNegative = 2.5e-4
-    """step size of Adam"""
-    adam_epsilon: Positive = 3.125e-4
-    """what Adam adds to its denominator"""
     epsilon_start: Fraction = 0.0
-    """probability of a random action at the first step"""
     epsilon_end: Fraction = 0.0
-    """probability of a random action from `exploration_steps` on"""
-    exploration_steps: Count = 50_000
-    """environment steps in which that probability falls, warm-up included"""
 
-    hidden: Layers = (128, 128)
-    """widths of the hidden layers, after the convolution if observations are images"""
     num_atoms: Count = 51
     """atoms of the support"""
     v_min: Real = -100.0
@@ -112,16 +88,8 @@ class Config(Settings):
 
 # Environments: sizes for a CPU, the same for every algorithm of this family but for its atoms. Paper: Atari's.
 PRESETS = {
-    "CartPole-v1": {
-        "total_steps": 500_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 200, "learning_rate": 5e-4,
-        "v_min": 0.0, "v_max": 100.0, "annealing_steps": 500_000,
-    },
-    "Acrobot-v1": {
-        "total_steps": 250_000, "updates_per_iteration": 1, "warmup_steps": 1_000, "batch_size": 128,
-        "target_period": 200, "learning_rate": 5e-4,
-        "v_min": -100.0, "v_max": 0.0, "annealing_steps": 500_000,
-    },
+    "CartPole-v1": greedy.CARTPOLE | {"v_min": 0.0, "v_max": 100.0, "annealing_steps": 500_000},
+    "Acrobot-v1": greedy.ACROBOT | {"v_min": -100.0, "v_max": 0.0, "annealing_steps": 500_000},
     "Catch-bsuite": {
         "warmup_steps": 500, "replay_capacity": 20_000, "target_period": 100, "learning_rate": 1e-3,
         "hidden": (64, 64),
@@ -250,16 +218,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
         key, network_key, warmup_key = jax.random.split(key, 3)
         parameters = network.init(network_key, jnp.zeros((1, *env.observation_space(env_params).shape)), False)
         learner = Learner(begin(adam, parameters), parameters, jnp.int32(0))
-        filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=clock.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=False,
-        )  # fmt: skip
+        filled = experience.warm_up(env, env_params, warmup_key, config)
         return State(learner, filled, replay.equal_priorities(filled.replay), jnp.int32(clock.warmup_steps), key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action = explore(state, state.experience.interaction.observation, act_key)
+            action = policy.explore(state, state.experience.interaction.observation, act_key)
             written = state.experience.replay.position + jnp.arange(config.num_envs)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             highest = jnp.full(config.num_envs, state.priorities.largest)
@@ -291,21 +256,14 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def mean_logits(state: State, observation: jax.Array) -> jax.Array:
         return network.apply(state.learner.network.parameters, observation, False)
 
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return risks.value(risk, laws(mean_logits(state, observation)), ascending=True).argmax(-1).astype(jnp.int32)
+    def mean_values(state: State, observation: jax.Array) -> jax.Array:
+        return risks.value(risk, laws(mean_logits(state, observation)), ascending=True)
 
-    def explore(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        epsilon = policies.linear_schedule(
-            config.epsilon_start, config.epsilon_end, config.exploration_steps, state.env_steps
-        )
-        key, noise_key = jax.random.split(key)
-        values = risks.value(
-            risk, laws(logits_of(state.learner.network.parameters, observation, noise_key)), ascending=True
-        )
-        return policies.epsilon_greedy(key, values, epsilon)
+    def drawn_values(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
+        logits = logits_of(state.learner.network.parameters, observation, key)
+        return risks.value(risk, laws(logits), ascending=True)
 
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return act(state, observation, key), jnp.zeros(observation.shape[0])
+    policy = greedy.policy_of(config, mean_values, drawn_values)
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         masses = networks.at_action(laws(mean_logits(state, observation)).masses, action)
@@ -326,8 +284,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         parts = {"torso": parameters.get("torso", {}), "head": head}
         return portable.greedy_policy(parts, num_actions, support=support, **risks.tables(risk))
 
-    claim = Claim(target_policy, predict, config.discount)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount)
+    return Agent(init, step, memoryless(policy.act), clock, claim, export)
 
 
 if __name__ == "__main__":

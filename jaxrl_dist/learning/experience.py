@@ -10,6 +10,7 @@ from jaxrl_dist.learning.devices import split_rows
 from jaxrl_dist.learning.interaction import Average, Interaction, Transition
 from jaxrl_dist.learning.normalization import RunningStatistics
 from jaxrl_dist.learning.replay import Replay
+from jaxrl_dist.learning.settings import Settings
 
 
 class Experience(NamedTuple):
@@ -35,16 +36,15 @@ class Batch(NamedTuple):
     extras: Any = ()
 
 
-def warm_up(
-    env, env_params, key: jax.Array, *, num_envs: int, steps: int, capacity: int, normalize_observations: bool
-) -> Experience:
-    """Reset the environments and store `steps` environment steps (a multiple of num_envs) of uniform random actions."""
+def warm_up(env, env_params, key: jax.Array, settings: Settings, *, normalize: bool = False) -> Experience:
+    """Reset the environments and store the warm-up's steps, in whole rounds, of uniform random actions."""
+    num_envs, steps, capacity = settings.num_envs, settings.clock().warmup_steps, settings.replay_capacity
     start_key, warmup_key = jax.random.split(key)
     row = interaction.transition_like(env, env_params)
     experience = Experience(
         replay.create(row, capacity, num_envs),
         interaction.start(env, env_params, start_key, num_envs),
-        normalization.create(row.observation.shape) if normalize_observations else None,
+        normalization.create(row.observation.shape) if normalize else None,
     )
 
     def one(experience: Experience, index: jax.Array) -> tuple[Experience, None]:
@@ -66,18 +66,21 @@ def collect(
     return Experience(replay.add(experience.replay, transition), following, normalizer), transition, metrics
 
 
-def sample(experience: Experience, key: jax.Array, batch_size: int) -> Transition:
-    """A batch of stored transitions, both observations normalised by the present statistics."""
-    batch = split_rows(replay.sample(experience.replay, key, batch_size))
-    return batch._replace(
-        observation=normalization.normalize(experience.normalizer, batch.observation),
-        next_observation=normalization.normalize(experience.normalizer, batch.next_observation),
-    )
+def sample(experience: Experience, key: jax.Array, batch_size: int, gamma: float | jax.Array) -> Batch:
+    """A batch of stored transitions of one step, both observations normalised by the present statistics."""
+    rows = split_rows(replay.sample(experience.replay, key, batch_size))
+    return Batch(
+        normalization.normalize(experience.normalizer, rows.observation), rows.action, rows.reward,
+        returns.bootstrap_discount(gamma, rows.terminated),
+        normalization.normalize(experience.normalizer, rows.next_observation), rows.extras,
+    )  # fmt: skip
 
 
-def sample_batches(experience: Experience, key: jax.Array, batches: int, batch_size: int) -> Transition:
+def sample_batches(
+    experience: Experience, key: jax.Array, batches: int, batch_size: int, gamma: float | jax.Array
+) -> Batch:
     """As many transitions as `batches` batches have, drawn at once: leaves `[batches, batch_size, ...]`."""
-    rows = sample(experience, key, batches * batch_size)
+    rows = sample(experience, key, batches * batch_size, gamma)
     return split_rows(jax.tree.map(lambda x: x.reshape(batches, batch_size, *x.shape[1:]), rows), axis=1)
 
 

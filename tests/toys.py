@@ -108,7 +108,7 @@ def live(env, env_params, state, action: Callable) -> tuple:
     chosen = action(state.weights, state.experience.interaction.observation)
     chosen += 0.1 * jax.random.normal(noise_key, chosen.shape)
     lived, _, metrics = experience.collect(env, env_params, state.experience, chosen, step_key)
-    return key, lived, metrics, experience.sample(lived, sample_key, 4)
+    return key, lived, metrics, experience.sample(lived, sample_key, 4, 0.99)
 
 
 def make_learner(config, env, env_params) -> Agent:
@@ -121,10 +121,7 @@ def make_learner(config, env, env_params) -> Agent:
 
     def init(key):
         key, warmup_key = jax.random.split(key)
-        filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=config.num_envs, steps=config.warmup_steps,
-            capacity=config.replay_capacity, normalize_observations=False,
-        )  # fmt: skip
+        filled = experience.warm_up(env, env_params, warmup_key, config)
         return LearnerState(jnp.full(config.width, config.push, jnp.float32), filled, key)
 
     def step(state):

@@ -49,7 +49,7 @@ from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Rea
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning import experience, networks, policies, portable, soft
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
@@ -204,11 +204,6 @@ def actor_loss(value: jax.Array, log_density: jax.Array, temperature: jax.Array)
     return (temperature * log_density - value).mean()
 
 
-def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
-    """Log form of the dual objective: its slope is the excess of the policy's entropy over the target."""
-    return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
-
-
 # -- Agent ------------------------------------------------------------------------------------------------------------
 
 
@@ -278,9 +273,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
-        new_log_temperature, _ = descend(
-            temperature_adam, learner.log_temperature, lambda x: (temperature_loss(x, log_density, target_entropy), ())
-        )
+        new_log_temperature = soft.steer(temperature_adam, learner.log_temperature, log_density, target_entropy)
         learner = learner._replace(
             actor=new_actor,
             log_temperature=new_log_temperature,
@@ -294,7 +287,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         observation, action = jnp.zeros((1, *env.observation_space(env_params).shape)), jnp.zeros((1, action_size))
         actor_parameters = actor.init(actor_key, observation)
         critic_parameters = critic.init(critic_key, observation, action, 0.5, 2.0)
-        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        log_temperature = soft.log_temperature(config)
         learner = Learner(
             begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
             actor_parameters, critic_parameters, begin(temperature_adam, log_temperature),

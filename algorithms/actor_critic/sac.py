@@ -180,11 +180,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
-        new_log_temperature, _ = descend(
-            temperature_adam,
-            learner.log_temperature,
-            lambda x: (soft.temperature_loss(x, log_density, target_entropy), ()),
-        )
+        new_log_temperature = soft.steer(temperature_adam, learner.log_temperature, log_density, target_entropy)
 
         target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {

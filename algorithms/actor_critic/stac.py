@@ -40,7 +40,7 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Bounds, Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable
+from jaxrl_dist.learning import experience, networks, policies, portable, soft
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
@@ -272,7 +272,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = critic.init(critic_key, observation, action)
         last = critic_parameters["params"]["mlp"][f"layer_{len(config.critic_hidden)}"]["layers"]
         last["bias_0"] = last["bias_0"].at[0, 1].set(0)  # the deviation's
-        log_temperature = jnp.log(jnp.asarray(config.initial_temperature, jnp.float32))
+        log_temperature = soft.log_temperature(config)
         learner = Learner(
             begin(actor_adam, actor_parameters),
             begin(critic_adam, critic_parameters),

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxrl_dist.learning import networks, policies, portable
 from jaxrl_dist.learning.normalization import normalize
+from jaxrl_dist.learning.optimization import Trained, descend
 
 # Sizes and step sizes for a CPU, ours.
 PENDULUM = {
@@ -45,6 +47,13 @@ def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_
     Source: the authors' code of SAC, arXiv 1812.05905, whose eq. 18 has alpha in place of log alpha.
     """
     return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
+
+
+def steer(
+    optimizer: optax.GradientTransformation, log_temperature: Trained, log_density: jax.Array, target_entropy: jax.Array
+) -> Trained:
+    """log alpha after one step down `temperature_loss`; log_density: `[batch]`, of actions of the policy."""
+    return descend(optimizer, log_temperature, lambda x: (temperature_loss(x, log_density, target_entropy), ()))[0]
 
 
 class SoftPolicy(NamedTuple):

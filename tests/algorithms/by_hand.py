@@ -14,7 +14,8 @@ from flax import struct
 from gymnax.environments import environment, spaces
 
 from jaxrl_dist.learning.experience import Batch
-from jaxrl_dist.learning.interaction import Transition
+from jaxrl_dist.learning.optimization import Trained
+from jaxrl_dist.learning.returns import bootstrap_discount
 
 # -- environments -----------------------------------------------------------------------------------------------------
 
@@ -137,12 +138,38 @@ def with_fresh_keys(tree):
     return jax.tree.map(clone, tree)
 
 
-def transition(**values) -> Transition:
-    """A batch of transitions of which a test sets what it needs; flags are false where not given."""
+def transition(*, discount: float = 0.99, **values) -> Batch:
+    """A batch of one-step transitions of which a test sets what it needs; flags are false where not given.
+
+    A time limit does not stop the bootstrap, so `truncated` changes nothing.
+    """
     size = len(values["reward"])
     fields = dict.fromkeys(("observation", "action", "next_observation"), jnp.zeros((size, 1)))
-    fields |= dict.fromkeys(("terminated", "truncated"), jnp.zeros(size, bool))
-    return Transition(**(fields | {name: jnp.asarray(value) for name, value in values.items()}))
+    values = {name: jnp.asarray(value) for name, value in values.items()}
+    ended = values.pop("terminated", jnp.zeros(size, bool))
+    values.pop("truncated", None)
+    return Batch(**(fields | {"discount": bootstrap_discount(discount, ended)} | values))
+
+
+def changed(learner, **parameters):
+    """A learner with other parameters; what their optimisers remember stays."""
+    fields = {name: getattr(learner, name) for name in parameters}
+    return learner._replace(**{
+        name: fields[name]._replace(parameters=value) if isinstance(fields[name], Trained) else value
+        for name, value in parameters.items()
+    })  # fmt: skip
+
+
+def parts(learner) -> dict:
+    """What updates change, by name: parameters, and apart from them what their optimisers remember."""
+    found = {}
+    for name, node in learner._asdict().items():
+        if isinstance(node, Trained):
+            optimizer = {"network": "optimizer", "log_temperature": "temperature_optimizer"}
+            found |= {name: node.parameters, optimizer.get(name, f"{name}_optimizer"): node.optimizer}
+        else:
+            found[name] = node
+    return found
 
 
 def steps_of(reward, discount) -> Batch:
@@ -372,7 +399,7 @@ def value_update(learner, batch: dict, config, num_actions: int, row) -> dict:
     action taken, those of target and online network for every action of the successor -> the slope of the loss in
     `predicted`, and what the metrics of the agent average.
     """
-    nets, target_nets = action_network(learner.network), action_network(learner.target_network)
+    nets, target_nets = action_network(learner.network.parameters), action_network(learner.target_network)
     outputs, tape = action_forward(nets, batch["observation"], num_actions)
     following, _ = action_forward(target_nets, batch["next_observation"], num_actions)
     choosing, _ = action_forward(nets, batch["next_observation"], num_actions)
@@ -381,7 +408,7 @@ def value_update(learner, batch: dict, config, num_actions: int, row) -> dict:
         found.append(row(outputs[b, action], following[b], choosing[b], batch["reward"][b], batch["discount"][b]))
         slope[b, action] = found[-1].pop("slope") / len(slope)
     gradient = action_backward(nets, tape, slope)
-    adams = {path: Adam(learner.optimizer, path, config.adam_epsilon) for path in nets}
+    adams = {path: Adam(learner.network.optimizer, path, config.adam_epsilon) for path in nets}
     nets = {path: adams[path].step(nets[path], gradient[path], config.learning_rate) for path in nets}
     metrics = {name: np.mean([one[name] for one in found]) for name in found[0]}
     metrics["gradient_norm"] = np.sqrt(sum((x**2).sum() for part in gradient.values() for x in part.values()))
@@ -404,9 +431,9 @@ def assert_updates_are(algorithm, row, updates: int = 11, **settings) -> list[di
         batch = stored_windows(state, sample_key, config)
         expected = value_update(before, batch, config, env.action_space(None).n, row)
         for path, adam in expected["adams"].items():
-            assert_network_is(state.learner.network, expected["network"][path], path)
+            assert_network_is(state.learner.network.parameters, expected["network"][path], path)
             assert_network_is(state.learner.target_network, expected["target_network"][path], path)
-            assert_adam_is(state.learner.optimizer, adam, path)
+            assert_adam_is(state.learner.network.optimizer, adam, path)
         assert metrics.keys() - {"episode_return", "episode_length"} <= expected["metrics"].keys()
         for name, metric in metrics.items():
             if name in expected["metrics"]:

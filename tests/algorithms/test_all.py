@@ -16,7 +16,7 @@ from jaxrl_dist.algorithms.actor_critic import d4pg, ddpg, dsac, dsac_t, sac, st
 from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
-from jaxrl_dist.learning import normalization, portable, returns
+from jaxrl_dist.learning import normalization, portable, returns, soft
 from jaxrl_dist.running import training
 
 ALGORITHMS = {
@@ -168,7 +168,7 @@ def test_every_float_does_what_it_says_in_one_program(name):
 
     run_all = by_hand.quick(lambda configs: jax.lax.map(train, configs))
     states = jax.device_get(run_all(configs)._replace(key=None))
-    parts = states.learner._asdict() | {"replay": states.experience.replay.rows}
+    parts = by_hand.parts(states.learner) | {"replay": states.experience.replay.rows}
     feels = {
         field: {
             part for part, tree in parts.items()
@@ -275,8 +275,8 @@ def test_state_keeps_its_structure_and_counts_are_right(name, settings):
     assert state.experience.replay.size == 24 + iterations * steps
     updates = iterations * config.updates_per_iteration
     actor_updates = updates // getattr(config, "policy_delay", 1)
-    assert optax.tree_utils.tree_get(state.learner.critic_optimizer, "count") == updates
-    assert optax.tree_utils.tree_get(state.learner.actor_optimizer, "count") == actor_updates
+    assert optax.tree_utils.tree_get(state.learner.critic.optimizer, "count") == updates
+    assert optax.tree_utils.tree_get(state.learner.actor.optimizer, "count") == actor_updates
     expected = {"episode_return", "episode_length", "critic_loss", "actor_loss", "value", "target"}
     assert metrics.keys() >= expected | {"critic_gradient_norm"}
     # What soft agents add to rewards is said too, or their values could not be held against what is possible.
@@ -318,19 +318,19 @@ def started(request):
 def test_start(started):
     name, _, config, state, other = started
     learner = state.learner
-    jax.tree.map(np.testing.assert_array_equal, learner.target_critic, learner.critic)
+    jax.tree.map(np.testing.assert_array_equal, learner.target_critic, learner.critic.parameters)
     if name in SOFT:
-        np.testing.assert_allclose(learner.log_temperature, np.log(config.initial_temperature), rtol=1e-6)
+        np.testing.assert_allclose(learner.log_temperature.parameters, np.log(config.initial_temperature), rtol=1e-6)
     if hasattr(learner, "target_actor"):
-        jax.tree.map(np.testing.assert_array_equal, learner.target_actor, learner.actor)
+        jax.tree.map(np.testing.assert_array_equal, learner.target_actor, learner.actor.parameters)
     members = getattr(config, "num_critics", 1)
-    for parameters, inputs, count in ((learner.actor, 3, 1), (learner.critic, 5, members)):
+    for parameters, inputs, count in ((learner.actor.parameters, 3, 1), (learner.critic.parameters, 5, members)):
         if name == "stac":
             continue  # has its own layers, and tests of them
         net, fan_in = by_hand.network(parameters), inputs
         assert net["kernel_0"].shape == (count, inputs, 8)
         for layer in range(3):
-            near_zero = name == "d4pg" and parameters is learner.actor and layer == 2
+            near_zero = name == "d4pg" and parameters is learner.actor.parameters and layer == 2
             bound = 3e-3 if near_zero else fan_in**-0.5  # uniform within 1 / sqrt(fan-in), PyTorch's default
             if name == "dsac":  # Glorot's, as its authors have it
                 bound = (6 / sum(net[f"kernel_{layer}"].shape[1:])) ** 0.5
@@ -342,7 +342,9 @@ def test_start(started):
             assert np.abs(net[f"kernel_{layer}"]).max() > 0.8 * bound
             fan_in = 8
     # Another key: other parameters and other actions from the first one on.
-    for one, two in zip(jax.tree.leaves(learner.critic), jax.tree.leaves(other.learner.critic), strict=True):
+    for one, two in zip(
+        jax.tree.leaves(learner.critic.parameters), jax.tree.leaves(other.learner.critic.parameters), strict=True
+    ):
         assert (one != two).all() or one.ndim < 3
     actions = state.experience.replay.rows.action, other.experience.replay.rows.action
     assert (actions[0][0] != actions[1][0]).all()
@@ -377,10 +379,10 @@ def test_actions_and_predictions(started):
     observation = jax.random.normal(jax.random.key(5), (7, 3))
     inputs = np.asarray(normalization.normalize(state.experience.normalizer, observation), np.float64)
     if name in GAUSSIAN:  # these networks are gone through by hand in the tests of whole updates
-        actor = ALGORITHMS[name].Actor(config.actor_hidden, 2)
-        outputs = np.concatenate(actor.apply(state.learner.actor, inputs.astype(np.float32)), axis=1)
+        actor = getattr(ALGORITHMS[name], "Actor", soft.Actor)(config.actor_hidden, 2)
+        outputs = np.concatenate(actor.apply(state.learner.actor.parameters, inputs.astype(np.float32)), axis=1)
     else:
-        outputs = by_hand.forward(by_hand.network(state.learner.actor), 0, inputs)[-1]
+        outputs = by_hand.forward(by_hand.network(state.learner.actor.parameters), 0, inputs)[-1]
     action = agent.policy.act(state, observation, (), jax.random.key(0))[0]
     np.testing.assert_allclose(action, np.tanh(outputs[:, :2]), rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(action, agent.policy.act(state, observation, (), jax.random.key(1))[0])
@@ -389,7 +391,9 @@ def test_actions_and_predictions(started):
     scale = getattr(config, "reward_scale", 1.0)
     if name == "stac":  # units are dropped while training, not in evaluation
         dropout = {"dropout": jax.random.split(jax.random.key(0))[1]}
-        outputs = actor.apply(state.learner.actor, inputs.astype(np.float32), config.actor_dropout, rngs=dropout)
+        outputs = actor.apply(
+            state.learner.actor.parameters, inputs.astype(np.float32), config.actor_dropout, rngs=dropout
+        )
         outputs = np.concatenate(outputs, axis=1)
     if name in SOFT:
         noise = (np.arctanh(np.asarray(followed, np.float64)) - outputs[:, :2]) / np.exp(outputs[:, 2:])
@@ -409,13 +413,16 @@ def test_actions_and_predictions(started):
     if name in GAUSSIAN:
         bounds = (config.min_std, config.max_std) if name == "dsac" else ()
         critic = ALGORITHMS[name].Critic(config.critic_hidden, *([2] if name == "dsac_t" else []))
-        mean, std = critic.apply(state.learner.critic, inputs.astype(np.float32), action, *bounds)
+        mean, std = critic.apply(state.learner.critic.parameters, inputs.astype(np.float32), action, *bounds)
         if name == "dsac_t":
             mean, std = (jnp.where(mean[:, 0] < mean[:, 1], x[:, 0], x[:, 1]) for x in (mean, std))
         np.testing.assert_allclose(atoms[:, 25], mean / scale, rtol=1e-4, atol=1e-5)  # the median
         np.testing.assert_allclose(atoms.std(1), std / scale, rtol=0.02)
         return
-    critic, pairs = by_hand.network(state.learner.critic), np.concatenate([inputs, np.asarray(action)], axis=1)
+    critic, pairs = (
+        by_hand.network(state.learner.critic.parameters),
+        np.concatenate([inputs, np.asarray(action)], axis=1),
+    )
     members = [by_hand.forward(critic, member, pairs)[-1] for member in range(getattr(config, "num_critics", 1))]
     if name == "d4pg":
         np.testing.assert_allclose(atoms, np.tile(np.linspace(-4, 4, 11), (7, 1)), atol=1e-6)

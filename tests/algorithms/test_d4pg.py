@@ -57,9 +57,9 @@ def test_critic_gradient_is_the_difference_of_the_masses():
 def test_critic_outputs_are_logits_of_the_atoms():
     agent, _ = by_hand.agent_on(d4pg, by_hand.Drift(), critic_hidden=(), num_atoms=5, v_min=-2.0, v_max=2.0)
     state = jax.eval_shape(agent.init, jax.random.key(0))
-    critic = jax.tree.map(lambda x: jnp.zeros(x.shape), state.learner.critic)
+    critic = jax.tree.map(lambda x: jnp.zeros(x.shape), state.learner.critic.parameters)
     critic["params"]["mlp"]["layers"]["bias_0"] = jnp.array([[0, 1, 2, 0, -1.0]])
-    state = state._replace(learner=state.learner._replace(critic=critic))
+    state = state._replace(learner=by_hand.changed(state.learner, critic=critic))
     law = agent.claim.law(state, jnp.ones((3, 3)), jnp.ones((3, 2)))
     np.testing.assert_allclose(law.atoms, jnp.tile(SUPPORT, (3, 1)))
     np.testing.assert_allclose(laws.mean(law), np.full(3, -0.2390758), rtol=1e-5)
@@ -224,9 +224,9 @@ def slow_value_slope(masses, support, risk) -> np.ndarray:
 
 def slow_update(learner: d4pg.Learner, batch: dict, config: d4pg.Config) -> dict:
     """One update as the paper writes it, all gradients by hand: critic, then actor, then the copies that are due."""
-    actor, target_actor = by_hand.network(learner.actor), by_hand.network(learner.target_actor)
-    critic, target_critic = by_hand.network(learner.critic), by_hand.network(learner.target_critic)
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
+    actor, target_actor = by_hand.network(learner.actor.parameters), by_hand.network(learner.target_actor)
+    critic, target_critic = by_hand.network(learner.critic.parameters), by_hand.network(learner.target_critic)
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
     support, risk = np.linspace(config.v_min, config.v_max, config.num_atoms), risks.parse(config.risk)
     size, observations = batch["observation"].shape
 
@@ -294,7 +294,7 @@ def test_updates_equal_loops_in_numpy(risk, bound):
         observation, position = state.experience.interaction.observation, int(state.experience.replay.position)
         before, (state, metrics) = state.learner, step(state)
 
-        mean = np.tanh(by_hand.forward(by_hand.network(before.actor), 0, np.asarray(observation))[-1])
+        mean = np.tanh(by_hand.forward(by_hand.network(before.actor.parameters), 0, np.asarray(observation))[-1])
         action = np.clip(mean + 0.6 * np.asarray(jax.random.normal(act_key, (2, 2))), -1, 1)
         stored = state.experience.replay.rows.action[position : position + 2]
         np.testing.assert_allclose(stored, action, rtol=1e-4, atol=1e-6)
@@ -303,7 +303,7 @@ def test_updates_equal_loops_in_numpy(risk, bound):
         expected = slow_update(before, batch, config)
         for name in ("actor", "critic", "target_actor", "target_critic"):
             by_hand.assert_network_is(getattr(state.learner, name), expected[name])
-        optimizers = state.learner.actor_optimizer, state.learner.critic_optimizer
+        optimizers = state.learner.actor.optimizer, state.learner.critic.optimizer
         for optimizer, adam in zip(optimizers, expected["adams"], strict=True):
             assert adam.time == iteration + 1
             by_hand.assert_adam_is(optimizer, adam)

@@ -26,7 +26,7 @@ def paper_config(**values) -> ddpg.Config:
 )
 def test_target_by_hand(terminated, truncated, expected):
     batch = by_hand.transition(reward=[1.0], terminated=[terminated], truncated=[truncated])
-    assert ddpg.target_value(ddpg.Config(), batch, jnp.array([2.0]))[0] == pytest.approx(expected)
+    assert ddpg.target_value(batch, jnp.array([2.0]))[0] == pytest.approx(expected)
 
 
 def test_critic_loss_is_the_mean_squared_error():
@@ -179,9 +179,9 @@ def test_paper_networks_need_a_layer_before_the_action():
 
 def slow_update(learner: ddpg.Learner, batch: dict, config: ddpg.Config) -> dict:
     """One update as the paper writes it, all gradients by hand: critic, then actor, then both targets."""
-    actor, target_actor = by_hand.network(learner.actor), by_hand.network(learner.target_actor)
-    critic, target_critic = by_hand.network(learner.critic), by_hand.network(learner.target_critic)
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
+    actor, target_actor = by_hand.network(learner.actor.parameters), by_hand.network(learner.target_actor)
+    critic, target_critic = by_hand.network(learner.critic.parameters), by_hand.network(learner.target_critic)
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
     size, observations = batch["observation"].shape
 
     def value_of(net, observation, action):
@@ -222,7 +222,7 @@ def test_update_equals_loops_in_numpy():
         expected = slow_update(before, by_hand.stored_rows(state, sample_key, config.batch_size), config)
         for name in ("actor", "critic", "target_actor", "target_critic"):
             by_hand.assert_network_is(getattr(state.learner, name), expected[name])
-        optimizers = state.learner.actor_optimizer, state.learner.critic_optimizer
+        optimizers = state.learner.actor.optimizer, state.learner.critic.optimizer
         for optimizer, adam in zip(optimizers, expected["adams"], strict=True):
             assert adam.time == iteration + 1
             by_hand.assert_adam_is(optimizer, adam)

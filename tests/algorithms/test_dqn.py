@@ -156,7 +156,7 @@ def test_updates_equal_loops_in_numpy(settings):
 
 def test_dueling_heads_start_from_values_of_the_state_and_advantages():
     agent, _ = by_hand.agent_on(dqn, by_hand.Choices(), **by_hand.TINY_VALUE, dueling=True)
-    shapes = jax.eval_shape(agent.init, jax.random.key(0)).learner.network["params"]["head"]
+    shapes = jax.eval_shape(agent.init, jax.random.key(0)).learner.network.parameters["params"]["head"]
     assert shapes["value"]["layers"]["kernel_1"].shape == (1, 9, 1)
     assert shapes["advantage"]["layers"]["kernel_1"].shape == (1, 9, 3)
 

@@ -12,6 +12,7 @@ import pytest
 from jaxrl_dist.algorithms.actor_critic import dsac
 from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import gaussian
+from jaxrl_dist.learning import soft
 
 forward = functools.partial(by_hand.forward, activation="gelu")
 backward = functools.partial(by_hand.backward, activation="gelu")
@@ -172,7 +173,7 @@ def test_actor_and_temperature_losses_by_hand():
     assert loss == pytest.approx((-0.3 - 3 + 0.1 - 1) / 2)
     np.testing.assert_array_equal(gradient, [-0.5, -0.5])
     log_density = jnp.array([-1.5, 0.5, -0.2])
-    gradients = jax.grad(dsac.temperature_loss, argnums=(0, 1))(jnp.log(0.2), log_density, -2.0)
+    gradients = jax.grad(soft.temperature_loss, argnums=(0, 1))(jnp.log(0.2), log_density, -2.0)
     assert gradients[0] == pytest.approx(2.4)
     np.testing.assert_array_equal(gradients[1], np.zeros(3))
 
@@ -211,7 +212,7 @@ def test_mean_and_deviations_start_near_0_and_1():
     """Where the standard deviation started at 7, the mean's gradient was 49 times smaller."""
     agent, _ = by_hand.agent_on(dsac, by_hand.Drift(), batch_size=16, warmup_steps=30, replay_capacity=40)
     learner = by_hand.quick(agent.init)(jax.random.key(0)).learner
-    for network in map(by_hand.network, (learner.critic, learner.actor)):
+    for network in map(by_hand.network, (learner.critic.parameters, learner.actor.parameters)):
         assert sum(name.startswith("kernel") for name in network) == 6
         for name, value in network.items():
             bound = np.sqrt(6 / sum(value.shape[1:])) if name.startswith("kernel") else 0
@@ -220,10 +221,10 @@ def test_mean_and_deviations_start_near_0_and_1():
     observation, action = inputs[:, :3], inputs[:, 3:]
     config = dsac.Config()
     critic, actor = dsac.Critic(config.critic_hidden), dsac.Actor(config.actor_hidden, 2)
-    mean, std = critic.apply(learner.critic, observation, action, config.min_std, config.max_std)
+    mean, std = critic.apply(learner.critic.parameters, observation, action, config.min_std, config.max_std)
     assert np.abs(mean).max() < 1
     np.testing.assert_allclose(std, 1, atol=0.5)
-    np.testing.assert_allclose(np.exp(actor.apply(learner.actor, observation)[1]), 1, atol=0.5)
+    np.testing.assert_allclose(np.exp(actor.apply(learner.actor.parameters, observation)[1]), 1, atol=0.5)
 
 
 def test_log_std_of_the_actor_is_bounded_smoothly():
@@ -278,9 +279,9 @@ def slow_moments(net: dict, observation: np.ndarray, action: np.ndarray, config:
 def slow_updates(learner: dsac.Learner, batches: list, noises: dict, config: dsac.Config) -> dict:
     """Critic updates on every batch; then actor, temperature and all targets, once; all gradients by hand."""
     actor, critic, target_actor, target_critic = map(by_hand.network, learner[:4])
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
-    temperature_adam = by_hand.Adam(learner.temperature_optimizer, None)
-    temperature = np.exp(np.float64(learner.log_temperature))
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
+    temperature_adam = by_hand.Adam(learner.log_temperature.optimizer, None)
+    temperature = np.exp(np.float64(learner.log_temperature.parameters))
     targets, clipped, losses = [], [], []
 
     for batch, action_noise, noise in zip(batches, noises["next_action"], noises["next_return"], strict=True):
@@ -316,7 +317,7 @@ def slow_updates(learner: dsac.Learner, batches: list, noises: dict, config: dsa
     target_entropy = config.target_entropy_per_action * sample["action"].shape[1]
     slope = {"value": -(sample["log_density"] + target_entropy).mean()}
     log_temperature = temperature_adam.step(
-        {"value": np.float64(learner.log_temperature)}, slope, config.temperature_learning_rate
+        {"value": np.float64(learner.log_temperature.parameters)}, slope, config.temperature_learning_rate
     )["value"]
     value = mean + STD_WEIGHTS[config.risk] * std
     return {
@@ -376,10 +377,10 @@ def test_updates_equal_loops_in_numpy(started):
         expected = slow_updates(before, batches, noises, config)
         for name in ("actor", "critic", "target_actor", "target_critic"):
             by_hand.assert_network_is(getattr(state.learner, name), expected[name])
-        assert state.learner.log_temperature == pytest.approx(expected["log_temperature"], abs=1e-5)
+        assert state.learner.log_temperature.parameters == pytest.approx(expected["log_temperature"], abs=1e-5)
         for name, value in expected["metrics"].items():
             assert metrics[name].total / metrics[name].count == pytest.approx(value, rel=1e-4, abs=1e-5), name
-        optimizers = (getattr(state.learner, f"{name}_optimizer") for name in ("actor", "critic", "temperature"))
+        optimizers = (getattr(state.learner, name).optimizer for name in ("actor", "critic", "log_temperature"))
         for optimizer, adam, name in zip(optimizers, expected["adams"], ("mlp", "mlp", None), strict=True):
             by_hand.assert_adam_is(optimizer, adam, name)
         if iteration == 0:
@@ -397,11 +398,11 @@ def test_updates_equal_loops_in_numpy(started):
 
 def test_std_reaches_the_actor_only_by_a_risk_measure(started):
     config, step, state = started
-    layers = dict(state.learner.critic["params"]["mlp"]["layers"])
+    layers = dict(state.learner.critic.parameters["params"]["mlp"]["layers"])
     layers["kernel_2"] = layers["kernel_2"].at[..., 1].add(0.5)
-    wider = state._replace(learner=state.learner._replace(critic={"params": {"mlp": {"layers": layers}}}))
+    wider = state._replace(learner=by_hand.changed(state.learner, critic={"params": {"mlp": {"layers": layers}}}))
     held = dataclasses.replace(config, critic_learning_rate=0.0)  # else the likelihood would move the mean by std
-    one, two = (step(held, by_hand.with_fresh_keys(s))[0].learner.actor for s in (state, wider))
+    one, two = (step(held, by_hand.with_fresh_keys(s))[0].learner.actor.parameters for s in (state, wider))
     equal = [bool((a == b).all()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)]
     assert all(equal) if config.risk == "neutral" else not any(equal)
 

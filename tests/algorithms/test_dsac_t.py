@@ -12,6 +12,7 @@ import scipy.stats
 
 from jaxrl_dist.algorithms.actor_critic import dsac, dsac_t
 from jaxrl_dist.configuration import check_configuration
+from jaxrl_dist.learning import soft
 
 forward = functools.partial(by_hand.forward, activation="gelu")
 backward = functools.partial(by_hand.backward, activation="gelu")
@@ -186,7 +187,7 @@ def test_actor_loss_takes_the_smallest_value_of_each_row():
     loss, gradient = jax.value_and_grad(dsac_t.actor_loss)(values, log_density, jnp.float32(0.2))
     assert loss == pytest.approx((-0.3 - 2.5 + 0.1 - 1) / 2)
     np.testing.assert_array_equal(gradient, [[0, -0.5], [-0.5, 0]])
-    assert jax.grad(dsac_t.temperature_loss)(jnp.log(0.2), jnp.array([-1.5, 0.5, -0.2]), -2.0) == pytest.approx(2.4)
+    assert jax.grad(soft.temperature_loss)(jnp.log(0.2), jnp.array([-1.5, 0.5, -0.2]), -2.0) == pytest.approx(2.4)
 
 
 # -- the refinements one by one ---------------------------------------------------------------------------------------
@@ -299,9 +300,9 @@ def slow_slopes(config, error, bounded, std, running) -> tuple[float, float]:
 def slow_updates(learner: dsac_t.Learner, batches: list, noises: dict, config: dsac_t.Config) -> dict:
     """Critic updates on every batch; then actor, temperature and all targets, once; all gradients by hand."""
     actor, critic, target_actor, target_critic = map(by_hand.network, learner[:4])
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
-    temperature_adam = by_hand.Adam(learner.temperature_optimizer, None)
-    temperature = np.exp(np.float64(learner.log_temperature))
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
+    temperature_adam = by_hand.Adam(learner.log_temperature.optimizer, None)
+    temperature = np.exp(np.float64(learner.log_temperature.parameters))
     running = [float(m) for m in learner.running_std]
     members, clipped, cut, target_means, losses = range(config.num_critics), [], [], [], []
 
@@ -354,7 +355,7 @@ def slow_updates(learner: dsac_t.Learner, batches: list, noises: dict, config: d
     target_entropy = config.target_entropy_per_action * sample["action"].shape[1]
     slope = {"value": -(sample["log_density"] + target_entropy).mean()}
     log_temperature = temperature_adam.step(
-        {"value": np.float64(learner.log_temperature)}, slope, config.temperature_learning_rate
+        {"value": np.float64(learner.log_temperature.parameters)}, slope, config.temperature_learning_rate
     )["value"]
     return {
         "actor": actor, "critic": critic, "target_actor": by_hand.moved(target_actor, actor, config.polyak),
@@ -399,15 +400,17 @@ def started(request):
     agent, config = by_hand.agent_on(dsac_t, by_hand.Drift(), **settings, **VARIANTS[request.param])
     state = by_hand.quick(agent.init)(jax.random.key(3))
     # The first log deviation lies around its upper bound, so that the cut takes part.
-    layers = dict(state.learner.actor["params"]["mlp"]["layers"])
+    layers = dict(state.learner.actor.parameters["params"]["mlp"]["layers"])
     layers["bias_2"] = layers["bias_2"].at[..., 2].set(0.5)
     actor = {"params": {"mlp": {"layers": layers}}}
     # Critics of the same average output, so that none of them is the smallest everywhere.
-    rows, layers = state.experience.replay.rows, dict(state.learner.critic["params"]["mlp"])
-    tapes, *_ = slow_moments(by_hand.network(state.learner.critic), *map(np.asarray, (rows.observation, rows.action)))
+    rows, layers = state.experience.replay.rows, dict(state.learner.critic.parameters["params"]["mlp"])
+    tapes, *_ = slow_moments(
+        by_hand.network(state.learner.critic.parameters), *map(np.asarray, (rows.observation, rows.action))
+    )
     layers["bias_2"] = layers["bias_2"] - jnp.array([tape[-1][:24].mean(0) for tape in tapes], jnp.float32)
     critic = {"params": {"mlp": layers}}
-    learner = state.learner._replace(actor=actor, target_actor=actor, critic=critic, target_critic=critic)
+    learner = by_hand.changed(state.learner, actor=actor, target_actor=actor, critic=critic, target_critic=critic)
     return agent, config, state._replace(learner=learner)
 
 
@@ -427,11 +430,11 @@ def test_updates_equal_loops_in_numpy(started):
         expected = slow_updates(before, batches, noises, config)
         for name in ("actor", "critic", "target_actor", "target_critic"):
             by_hand.assert_network_is(getattr(state.learner, name), expected[name])
-        assert state.learner.log_temperature == pytest.approx(expected["log_temperature"], abs=1e-5)
+        assert state.learner.log_temperature.parameters == pytest.approx(expected["log_temperature"], abs=1e-5)
         np.testing.assert_allclose(state.learner.running_std, expected["running_std"], rtol=1e-4)
         for name, value in expected["metrics"].items():
             assert metrics[name].total / metrics[name].count == pytest.approx(value, rel=1e-4, abs=1e-5), name
-        optimizers = (getattr(state.learner, f"{name}_optimizer") for name in ("actor", "critic", "temperature"))
+        optimizers = (getattr(state.learner, name).optimizer for name in ("actor", "critic", "log_temperature"))
         for optimizer, adam, name in zip(optimizers, expected["adams"], ("mlp", "mlp", None), strict=True):
             by_hand.assert_adam_is(optimizer, adam, name)
         found.append(expected)
@@ -449,7 +452,7 @@ def test_prediction_is_the_critic_with_the_smallest_mean(started):
     observation = 3 * np.random.default_rng(0).normal(size=(40, 3))
     action = np.random.default_rng(1).uniform(-1, 1, (40, 2))
     atoms, masses = by_hand.quick(agent.claim.law)(state, *(jnp.asarray(x, jnp.float32) for x in (observation, action)))
-    _, mean, std, _ = slow_moments(by_hand.network(state.learner.critic), observation, action)
+    _, mean, std, _ = slow_moments(by_hand.network(state.learner.critic.parameters), observation, action)
     smallest = mean.argmin(0)
     assert len(np.unique(smallest)) > 1 or config.num_critics == 1
     standard = scipy.stats.norm.ppf((np.arange(51) + 0.5) / 51)

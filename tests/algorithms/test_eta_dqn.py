@@ -39,8 +39,8 @@ def small_agent(env=None, **settings):
 
 def larger_weights(state):
     """The state with weights so large that actions differ from observation to observation."""
-    network = jax.tree.map(lambda x: 3 * x, state.learner.network)
-    return state._replace(learner=state.learner._replace(network=network, target_network=network))
+    network = jax.tree.map(lambda x: 3 * x, state.learner.network.parameters)
+    return state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +105,11 @@ def test_ties_go_to_the_larger_mean():
 
 def laws_of(state, quantiles):
     """The state with networks that predict the quantiles `[actions, quantiles]` everywhere."""
-    network = jax.tree.map(jnp.zeros_like, state.learner.network)
+    network = jax.tree.map(jnp.zeros_like, state.learner.network.parameters)
     layers = network["params"]["head"]["advantage"]["layers"]
     last = max(name for name in layers if name.startswith("bias"))
     layers[last] = jnp.reshape(jnp.asarray(quantiles), layers[last].shape)
-    return state._replace(learner=state.learner._replace(network=network, target_network=network))
+    return state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
 
 
 def test_ties_in_acting_targets_and_exported_policies(tmp_path):
@@ -188,9 +188,9 @@ def test_updates_equal_loops_in_numpy(utility, hindsight, num_steps):
             batch[name][:, -1] /= scale
         expected = by_hand.value_update(before, batch, config, 3, slow_row(utility, 0.5, next_stocks))
         for path, adam in expected["adams"].items():
-            by_hand.assert_network_is(state.learner.network, expected["network"][path], path)
+            by_hand.assert_network_is(state.learner.network.parameters, expected["network"][path], path)
             by_hand.assert_network_is(state.learner.target_network, expected["target_network"][path], path)
-            by_hand.assert_adam_is(state.learner.optimizer, adam, path)
+            by_hand.assert_adam_is(state.learner.network.optimizer, adam, path)
         assert metrics.keys() - {"episode_return", "episode_length"} <= expected["metrics"].keys()
         for name, metric in metrics.items():
             if name in expected["metrics"]:
@@ -277,7 +277,7 @@ def test_every_field_does_something():
 
     states = jax.device_get(by_hand.quick(lambda c: jax.lax.map(train, c))(configs)._replace(key=None))
     for run, name in enumerate(floats, start=1):
-        part = states.experience.replay.rows if name.startswith("epsilon") else states.learner.network
+        part = states.experience.replay.rows if name.startswith("epsilon") else states.learner.network.parameters
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(part)), name
         assert any(not np.array_equal(leaf[0], leaf[run]) for leaf in jax.tree.leaves(part)), name
 
@@ -338,10 +338,10 @@ def test_importing_the_agent_does_not_start_jax():
 def test_the_stock_matters_to_utilities_alone(started):
     """With laws that do not depend on the stock, it changes what a target asks for, and not what the mean does."""
     state, observation = started
-    blind = jax.tree.map(lambda x: x, state.learner.network)
+    blind = jax.tree.map(lambda x: x, state.learner.network.parameters)
     kernel = blind["params"]["torso"]["mlp"]["layers"]["kernel_0"]
     blind["params"]["torso"]["mlp"]["layers"]["kernel_0"] = kernel.at[:, -1].set(0)
-    state = state._replace(learner=state.learner._replace(network=blind))
+    state = state._replace(learner=by_hand.changed(state.learner, network=blind))
     moved = observation.at[:, -1].add(4)
     for utility, same in (("mean", True), ("target", False)):
         agent, _ = small_agent(utility=utility)

@@ -171,7 +171,7 @@ def test_each_loss_reaches_its_own_parameters():
             plain, entropy_weight=entropy_weight, kappa=kappa, learning_rate=learning_rate,
             fraction_learning_rate=fraction_learning_rate,
         )  # fmt: skip
-        return fqf.make_agent(config, env, env.default_params).step(state)[0].learner.network
+        return fqf.make_agent(config, env, env.default_params).step(state)[0].learner.network.parameters
 
     after = by_hand.quick(learned)
     values = [(0.0, 0.5, 0.02, 0.1), (5.0, 0.5, 0.02, 0.1), (0.0, 0.1, 0.02, 0.1), (0, 0.5, 0, 0.1), (0, 0.5, 0.02, 0)]
@@ -184,11 +184,11 @@ def test_each_loss_reaches_its_own_parameters():
     for part in ("torso", "head"):
         assert all(same(reference, entropy, part))
         assert not any(same(reference, kappa, part))
-        assert all(same(state.learner.network, frozen, part))
+        assert all(same(state.learner.network.parameters, frozen, part))
     assert not any(same(reference, entropy, "proposal"))
     assert all(same(reference, kappa, "proposal"))
-    assert all(same(state.learner.network, fixed, "proposal"))
-    assert not any(same(state.learner.network, reference, "proposal"))
+    assert all(same(state.learner.network.parameters, fixed, "proposal"))
+    assert not any(same(state.learner.network.parameters, reference, "proposal"))
 
 
 # -- whole updates against loops in numpy -----------------------------------------------------------------------------
@@ -247,7 +247,7 @@ ADAMS = {
 
 def slow_update(learner, batch: dict, config) -> dict:
     """One update as the paper writes it, all gradients by hand: both losses, Adam and RMSProp."""
-    nets, target_nets = network_of(learner.network), network_of(learner.target_network)
+    nets, target_nets = network_of(learner.network.parameters), network_of(learner.target_network)
     size = len(batch["reward"])
     next_masses, next_middles, _, _ = slow_staircase(target_nets, batch["next_observation"])
     following, _ = implicit_by_hand.forward(target_nets, batch["next_observation"], next_middles)
@@ -278,9 +278,9 @@ def slow_update(learner, batch: dict, config) -> dict:
     gradient["proposal"] = {
         "kernel_0": (features.T @ at_logits)[None], "bias_0": at_logits.sum(0)[None]
     }  # fmt: skip
-    adams = {path: adam_of(learner.optimizer, *place, config.adam_epsilon) for path, place in ADAMS.items()}
+    adams = {path: adam_of(learner.network.optimizer, *place, config.adam_epsilon) for path, place in ADAMS.items()}
     updated = {path: adam.step(nets[path], gradient[path], config.learning_rate) for path, adam in adams.items()}
-    rmsprop = RMSProp(learner.optimizer)
+    rmsprop = RMSProp(learner.network.optimizer)
     updated["proposal"] = rmsprop.step(nets["proposal"], gradient["proposal"], config.fraction_learning_rate)
     due = (int(learner.updates) + 1) % config.target_period == 0
     metrics = {
@@ -303,9 +303,9 @@ def test_updates_equal_loops_in_numpy(settings):
     agent, config = by_hand.agent_on(fqf, by_hand.Choices(), **by_hand.TINY_VALUE, **SIZES, **settings)
     step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(4))
     # Larger weights, and a proposal far from even, so that masses, middles and plain means are told apart.
-    network = jax.tree.map(lambda x: 3 * x, state.learner.network)
+    network = jax.tree.map(lambda x: 3 * x, state.learner.network.parameters)
     network["proposal"] = jax.tree.map(lambda x: 100 * x, network["proposal"])
-    state = state._replace(learner=state.learner._replace(network=network, target_network=network))
+    state = state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
     differs, ends = [], []
     for _ in range(7):
         # The keys as `step` splits them: one environment step, then one update.
@@ -322,7 +322,7 @@ def test_updates_equal_loops_in_numpy(settings):
                     np.testing.assert_allclose(
                         actual[path][layer], values, rtol=3e-4, atol=3e-6, err_msg=f"{name} {path} {layer}"
                     )
-        rmsprop = RMSProp(state.learner.optimizer)
+        rmsprop = RMSProp(state.learner.network.optimizer)
         for layer in ("kernel_0", "bias_0"):
             np.testing.assert_allclose(rmsprop.mean[layer], expected["rmsprop"].mean[layer], rtol=1e-3, atol=1e-6)
         for name, number in expected["metrics"].items():
@@ -334,7 +334,7 @@ def test_updates_equal_loops_in_numpy(settings):
     assert 0 < np.mean(ends) < 1
     # What acts and predicts is the same staircase.
     observation = np.random.default_rng(0).normal(size=(50, 3))
-    nets, inputs = network_of(state.learner.network), jnp.asarray(observation, jnp.float32)
+    nets, inputs = network_of(state.learner.network.parameters), jnp.asarray(observation, jnp.float32)
     masses, middles, _, _ = slow_staircase(nets, observation)
     atoms, _ = implicit_by_hand.forward(nets, observation, middles)
     action = agent.policy.act(state, inputs, (), jax.random.key(0))[0]

@@ -147,8 +147,8 @@ def test_risk_distorts_what_acts_but_not_what_is_predicted():
     agent, config = by_hand.agent_on(iqn, by_hand.Choices(), **by_hand.TINY_VALUE, **SIZES, risk="cvar:0.3")
     state = by_hand.quick(agent.init)(jax.random.key(1))
     # Larger weights, so that quantiles differ much and actions with them.
-    network = jax.tree.map(lambda x: 4 * x, state.learner.network)
-    state = state._replace(learner=state.learner._replace(network=network))
+    network = jax.tree.map(lambda x: 4 * x, state.learner.network.parameters)
+    state = state._replace(learner=by_hand.changed(state.learner, network=network))
     observation = np.random.default_rng(0).normal(size=(200, 3))
     middles = np.tile((np.arange(3) + 0.5) / 3, (200, 1))
     averse, _ = implicit_by_hand.forward(network_of(network), observation, 0.3 * middles)
@@ -169,7 +169,7 @@ def test_risk_distorts_what_acts_but_not_what_is_predicted():
 def slow_update(learner, batch: dict, draws: tuple, config, distort, value) -> dict:
     """One update as the paper writes it, all gradients by hand; `draws` are the fractions tau, tau' and tau~."""
     fractions, target_fractions, policy_fractions = draws
-    nets, target_nets = network_of(learner.network), network_of(learner.target_network)
+    nets, target_nets = network_of(learner.network.parameters), network_of(learner.target_network)
     quantiles, tape = implicit_by_hand.forward(nets, batch["observation"], fractions)
     choosing, _ = implicit_by_hand.forward(target_nets, batch["next_observation"], distort(policy_fractions))
     following, _ = implicit_by_hand.forward(target_nets, batch["next_observation"], target_fractions)
@@ -184,7 +184,7 @@ def slow_update(learner, batch: dict, draws: tuple, config, distort, value) -> d
         targets.append(target.mean())
         values.append(quantiles[b, action].mean())
     gradient = implicit_by_hand.backward(nets, tape, slope)
-    adams = {path: by_hand.Adam(learner.optimizer, path, config.adam_epsilon) for path in nets}
+    adams = {path: by_hand.Adam(learner.network.optimizer, path, config.adam_epsilon) for path in nets}
     nets = {path: adams[path].step(nets[path], gradient[path], config.learning_rate) for path in nets}
     due = (int(learner.updates) + 1) % config.target_period == 0
     metrics = {"loss": np.mean(losses), "value": np.mean(values), "target": np.mean(targets)}
@@ -208,8 +208,8 @@ def test_updates_equal_loops_in_numpy(settings, distort, value):
     agent, config = by_hand.agent_on(iqn, by_hand.Choices(), **by_hand.TINY_VALUE, **SIZES, **settings)
     step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(3))
     # Larger weights, so that which fractions are drawn decides which action is best.
-    network = jax.tree.map(lambda x: 3 * x, state.learner.network)
-    state = state._replace(learner=state.learner._replace(network=network, target_network=network))
+    network = jax.tree.map(lambda x: 3 * x, state.learner.network.parameters)
+    state = state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
     differs, ends = [], []
     for _ in range(7):
         # The keys as `step` splits them: one environment step, then one update.
@@ -223,9 +223,9 @@ def test_updates_equal_loops_in_numpy(settings, distort, value):
         batch = by_hand.stored_windows(state, sample_key, config)
         expected = slow_update(before, batch, draws, config, distort, value)
         for path, adam in expected["adams"].items():
-            by_hand.assert_network_is(state.learner.network, expected["network"][path], path)
+            by_hand.assert_network_is(state.learner.network.parameters, expected["network"][path], path)
             by_hand.assert_network_is(state.learner.target_network, expected["target_network"][path], path)
-            by_hand.assert_adam_is(state.learner.optimizer, adam, path)
+            by_hand.assert_adam_is(state.learner.network.optimizer, adam, path)
         for name, number in expected["metrics"].items():
             np.testing.assert_allclose(metrics[name].total, number, rtol=2e-3, atol=1e-5, err_msg=name)
         differs.append(expected["differs"])

@@ -130,7 +130,7 @@ def test_risk_is_not_offered():
     def predict(key):
         state = agent.init(key)
         observation, action = state.experience.interaction.observation, jnp.array([2, 0])
-        logits = os_c51.Network(config.hidden, 3, 5).apply(state.learner.network, observation)
+        logits = os_c51.Network(config.hidden, 3, 5).apply(state.learner.network.parameters, observation)
         return agent.claim.law(state, observation, action), logits[jnp.arange(2), action]
 
     law, logits = by_hand.quick(predict)(jax.random.key(0))
@@ -155,7 +155,7 @@ def test_converges_to_the_exact_one_step_laws():
 
         agent = os_c51.make_agent(config, env, params)
         state, _ = jax.lax.scan(phase, agent.init(key), jnp.array([1e-2, 3e-3, 1e-3, 3e-4]))
-        logits = os_c51.Network(config.hidden, 2, config.num_atoms).apply(state.learner.network, jnp.eye(5))
+        logits = os_c51.Network(config.hidden, 2, config.num_atoms).apply(state.learner.network.parameters, jnp.eye(5))
         return jax.nn.softmax(logits)
 
     def exact(operator):

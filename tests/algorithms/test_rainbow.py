@@ -68,16 +68,16 @@ def test_everything_off_is_c51_on_the_same_batch(monkeypatch):
     monkeypatch.setattr(experience, "batch_at", lambda *arguments, **settings: batch)
     state, other = (by_hand.quick(agent.init)(jax.random.key(1)) for agent in (plain, reduced))
     # Networks that differ from their targets, and that are the same for both agents.
-    online = state.learner.network
+    online = state.learner.network.parameters
     target = jax.tree.map(lambda x: x[::-1] - 0.1, online)
     state = state._replace(learner=state.learner._replace(target_network=target))
     other = other._replace(
-        learner=other.learner._replace(network=as_rainbow(online), target_network=as_rainbow(target))
+        learner=by_hand.changed(other.learner, network=as_rainbow(online), target_network=as_rainbow(target))
     )
     step, other_step = by_hand.quick(plain.step), by_hand.quick(reduced.step)
     for _ in range(4):
         (state, metrics), (other, other_metrics) = step(state), other_step(other)
-        expected, actual = as_rainbow(state.learner.network), other.learner.network
+        expected, actual = as_rainbow(state.learner.network.parameters), other.learner.network.parameters
         jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), without_noise(actual),
                      without_noise(expected))  # fmt: skip
         for name in ("value", "target", "clipped_mass", "gradient_norm"):
@@ -85,7 +85,7 @@ def test_everything_off_is_c51_on_the_same_batch(monkeypatch):
         # Its loss is the divergence, less than the cross-entropy by the target's entropy.
         assert other_metrics["loss"].total < metrics["loss"].total
     assert not np.array_equal(
-        state.learner.network["params"]["head"]["advantage"]["layers"]["kernel_1"],
+        state.learner.network.parameters["params"]["head"]["advantage"]["layers"]["kernel_1"],
         online["params"]["head"]["advantage"]["layers"]["kernel_1"],
     )
     leaves = np.asarray(other.priorities.tree)[len(other.priorities.tree) // 2 :]
@@ -141,7 +141,7 @@ def test_noise_is_drawn_anew_for_every_layer_step_and_use(monkeypatch):
     # What multiplies the noise is learned.
     for layer in ("advantage_0", "advantage_1", "value_0", "value_1"):
         for name in ("kernel_noise", "bias_noise"):
-            now, then = (s.learner.network["params"][layer][name] for s in (state, before))
+            now, then = (s.learner.network.parameters["params"][layer][name] for s in (state, before))
             assert not np.array_equal(now, then)
 
 
@@ -191,7 +191,7 @@ def slow_draw(leaves: np.ndarray, key, batch_size: int):
 
 
 def slow_update(learner, batch: dict, weights: np.ndarray, config) -> dict:
-    nets, target_nets = nets_of(learner.network), nets_of(learner.target_network)
+    nets, target_nets = nets_of(learner.network.parameters), nets_of(learner.target_network)
     support = np.linspace(config.v_min, config.v_max, config.num_atoms)
     logits, tape = by_hand.action_forward(nets, batch["observation"], 3)
     following = by_hand.softmax(by_hand.action_forward(target_nets, batch["next_observation"], 3)[0])
@@ -207,7 +207,7 @@ def slow_update(learner, batch: dict, weights: np.ndarray, config) -> dict:
         divergences.append((target[held] * np.log(target[held] / masses[held])).sum())
         slope[b, action] = weights[b] * (masses - target) / len(slope)
     gradient = by_hand.action_backward(nets, tape, slope)
-    adams = adams_of(learner.optimizer, config.adam_epsilon)
+    adams = adams_of(learner.network.optimizer, config.adam_epsilon)
     nets = {path: adams[path].step(nets[path], gradient[path], config.learning_rate) for path in nets}
     due = (int(learner.updates) + 1) % config.target_period == 0
     divergences = np.array(divergences)
@@ -229,7 +229,7 @@ def test_iterations_equal_loops_in_numpy(settings):
     assert dataclasses.replace(config, noisy=True).double == settings.get("double", True)
     step, state = by_hand.quick(agent.step), by_hand.quick(agent.init)(jax.random.key(3))
     # A target network that would choose other actions than the online one.
-    target = jax.tree.map(lambda x: x[::-1], state.learner.network)
+    target = jax.tree.map(lambda x: x[::-1], state.learner.network.parameters)
     state = state._replace(learner=state.learner._replace(target_network=target))
     num_leaves = len(state.priorities.tree) // 2
     leaves, largest = np.float64(np.arange(num_leaves) < 24), 1.0

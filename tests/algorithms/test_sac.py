@@ -10,15 +10,13 @@ import pytest
 
 from jaxrl_dist.algorithms.actor_critic import sac, td3
 from jaxrl_dist.configuration import check_configuration
-from jaxrl_dist.learning import policies
+from jaxrl_dist.learning import policies, soft
 from jaxrl_dist.running import problem
 
 
 def example_target(values=(3.0, 2.5), log_density=-1.5, temperature=0.2, **flags):
     batch = by_hand.transition(reward=[1.0], **{name: [value] for name, value in flags.items()})
-    return sac.target_value(
-        sac.Config(), batch, jnp.array([values]), jnp.array([log_density]), jnp.float32(temperature)
-    )[0]
+    return sac.target_value(batch, jnp.array([values]), jnp.array([log_density]), jnp.float32(temperature))[0]
 
 
 # -- targets and losses -----------------------------------------------------------------------------------------------
@@ -37,7 +35,7 @@ def test_termination_masks_value_and_entropy_but_truncation_masks_nothing():
 
 def test_minimum_is_taken_for_each_transition():
     values = jnp.array([[1.0, 4.0], [5.0, 2.0]])
-    target = sac.target_value(sac.Config(), by_hand.transition(reward=[0.0, 0.0]), values, jnp.zeros(2), 0.2)
+    target = sac.target_value(by_hand.transition(reward=[0.0, 0.0]), values, jnp.zeros(2), 0.2)
     np.testing.assert_allclose(target, [0.99, 1.98], rtol=1e-6)
     assert sac.actor_loss(values, jnp.zeros(2), 0.2) == pytest.approx(-1.5)
 
@@ -58,7 +56,7 @@ def test_actor_loss_by_hand():
 def test_temperature_gradient_is_that_of_the_log_form():
     # The exponential form's gradient is 0.48. The entropy 0.4 is above the target -2, so the temperature must fall.
     log_density = jnp.array([-1.5, 0.5, -0.2])
-    gradients = jax.grad(sac.temperature_loss, argnums=(0, 1))(jnp.log(0.2), log_density, -2.0)
+    gradients = jax.grad(soft.temperature_loss, argnums=(0, 1))(jnp.log(0.2), log_density, -2.0)
     assert gradients[0] == pytest.approx(2.4)
     np.testing.assert_array_equal(gradients[1], np.zeros(3))
 
@@ -68,8 +66,8 @@ def test_without_entropy_losses_are_those_of_td3():
     batch = by_hand.transition(reward=[1.0, -1.0], terminated=[False, True])
     log_density = jnp.array([-1.5, 30.0])
     np.testing.assert_array_equal(
-        sac.target_value(sac.Config(), batch, values, log_density, jnp.float32(0)),
-        td3.target_value(td3.Config(), batch, values),
+        sac.target_value(batch, values, log_density, jnp.float32(0)),
+        td3.target_value(batch, values),
     )
     assert sac.critic_loss(values, target) == td3.critic_loss(values, target)
     assert sac.actor_loss(values[:, :1], log_density, jnp.float32(0)) == td3.actor_loss(values)
@@ -136,10 +134,12 @@ def test_defaults_are_the_papers():
 
 def slow_update(learner: sac.Learner, batch: dict, next_noise, noise, config: sac.Config) -> dict:
     """One update as the paper writes it, all gradients by hand: critics, then actor, then temperature, then targets."""
-    actor, critic, target_critic = map(by_hand.network, (learner.actor, learner.critic, learner.target_critic))
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
-    temperature_adam = by_hand.Adam(learner.temperature_optimizer, None)
-    temperature = np.exp(np.float64(learner.log_temperature))
+    actor, critic, target_critic = map(
+        by_hand.network, (learner.actor.parameters, learner.critic.parameters, learner.target_critic)
+    )
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
+    temperature_adam = by_hand.Adam(learner.log_temperature.optimizer, None)
+    temperature = np.exp(np.float64(learner.log_temperature.parameters))
     size, observations = batch["observation"].shape
 
     def values_of(net, observation, action):
@@ -175,7 +175,7 @@ def slow_update(learner: sac.Learner, batch: dict, next_noise, noise, config: sa
     target_entropy = config.target_entropy_per_action * sample["action"].shape[1]
     slope = {"value": -(sample["log_density"] + target_entropy).mean()}
     log_temperature = temperature_adam.step(
-        {"value": np.float64(learner.log_temperature)}, slope, config.temperature_learning_rate
+        {"value": np.float64(learner.log_temperature.parameters)}, slope, config.temperature_learning_rate
     )["value"]
     return {
         "actor": actor, "critic": critic, "target_critic": by_hand.moved(target_critic, critic, config.polyak),
@@ -205,7 +205,7 @@ def test_update_equals_loops_in_numpy():
         assert after.log_temperature == pytest.approx(expected["log_temperature"], abs=1e-5)
         assert metrics["critic_loss"].total == pytest.approx(expected["critic_loss"], rel=1e-4)
         assert metrics["target"].total == pytest.approx(expected["target"].mean(), rel=1e-4, abs=1e-5)
-        optimizers = after.actor_optimizer, after.critic_optimizer, after.temperature_optimizer
+        optimizers = after.actor.optimizer, after.critic.optimizer, after.log_temperature.optimizer
         for optimizer, adam, name in zip(optimizers, expected["adams"], ("mlp", "mlp", None), strict=True):
             assert adam.time == iteration + 1
             by_hand.assert_adam_is(optimizer, adam, name)
@@ -222,7 +222,7 @@ def test_update_without_entropy_and_spread_is_that_of_td3():
         td3, by_hand.Drift(), **shared, policy_delay=1, target_noise=0.0, exploration_noise=0.0
     )  # fmt: skip
     state = by_hand.quick(soft.init)(jax.random.key(0))
-    layers = dict(state.learner.actor["params"]["mlp"]["layers"])
+    layers = dict(state.learner.actor.parameters["params"]["mlp"]["layers"])
     # The outputs for log std: bias far below the clip at -20, where their gradient is zero as well.
     layers["kernel_2"] = layers["kernel_2"].at[..., 2:].set(0.0)
     layers["bias_2"] = layers["bias_2"].at[..., 2:].set(-30.0)
@@ -230,11 +230,11 @@ def test_update_without_entropy_and_spread_is_that_of_td3():
     hard_layers = layers | {name: layers[name][..., :2] for name in ("kernel_2", "bias_2")}
     hard_actor = {"params": {"mlp": {"layers": hard_layers}}}
 
-    learner = state.learner._replace(actor=soft_actor)
+    learner = by_hand.changed(state.learner, actor=soft_actor)
     hard_state = jax.eval_shape(hard.init, jax.random.key(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), hard_state.learner.actor_optimizer)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), hard_state.learner.actor.optimizer)
     hard_learner = td3.Learner(
-        hard_actor, learner.critic, hard_actor, learner.target_critic, zeros, learner.critic_optimizer
+        hard_actor, learner.critic.parameters, hard_actor, learner.target_critic, zeros, learner.critic.optimizer
     )
     soft_state = state._replace(learner=learner)
     hard_state = td3.State(hard_learner, state.experience, jax.random.clone(state.key))

@@ -20,7 +20,7 @@ def example_target(config=None, mean=5.0, std=2.0, **flags):
     config = config or stac.Config()
     batch = by_hand.transition(reward=[1.0], **{name: [value] for name, value in flags.items()})
     next_value = stac.pessimistic(config, jnp.array([mean]), jnp.array([std]))
-    return stac.target_value(config, batch, next_value, jnp.array([-1.5]), jnp.float32(0.2))[0]
+    return stac.target_value(batch, next_value, jnp.array([-1.5]), jnp.float32(0.2))[0]
 
 
 # -- targets and losses -----------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_deviation_of_a_self_loop_is_that_of_one_step(pessimism, expected):
     def one(carry, _):
         parameters, state = carry
         next_value = stac.pessimistic(config, parameters[0], stac.floored_softplus(parameters[1]))
-        target = stac.target_value(config, batch, next_value, jnp.zeros(200), jnp.float32(0))
+        target = stac.target_value(batch, next_value, jnp.zeros(200), jnp.float32(0))
         changes, state = adam.update(jax.grad(loss)(parameters, target), state)
         return (optax.apply_updates(parameters, changes), state), None
 
@@ -132,9 +132,9 @@ def test_deviation_by_hand():
 def test_only_the_deviations_bias_starts_at_zero():
     agent, _ = by_hand.agent_on(stac, by_hand.Drift(), **by_hand.TINY)
     learner = by_hand.quick(agent.init)(jax.random.key(0)).learner
-    jax.tree.map(np.testing.assert_array_equal, learner.critic, learner.target_critic)
+    jax.tree.map(np.testing.assert_array_equal, learner.critic.parameters, learner.target_critic)
     assert learner.log_temperature == pytest.approx(np.log(0.2))
-    critic, actor = network(learner.critic), network(learner.actor)
+    critic, actor = network(learner.critic.parameters), network(learner.actor.parameters)
     assert critic["bias_2"].shape == (2,)
     np.testing.assert_array_equal(critic["bias_2"] == 0, [False, True])
     critic.pop("bias_2")
@@ -351,8 +351,10 @@ def slow_moments(net, observation, action, masks, rate) -> tuple[np.ndarray, np.
 
 def slow_update(learner: stac.Learner, batch: dict, noises: dict, masks: dict, config: stac.Config) -> dict:
     """One update as the paper writes it, all gradients by hand: critic, then actor, then temperature, then target."""
-    actor, critic, target_critic = map(network, (learner.actor, learner.critic, learner.target_critic))
-    actor_adam, critic_adam = Adam(learner.actor_optimizer), Adam(learner.critic_optimizer)
+    actor, critic, target_critic = map(
+        network, (learner.actor.parameters, learner.critic.parameters, learner.target_critic)
+    )
+    actor_adam, critic_adam = Adam(learner.actor.optimizer), Adam(learner.critic.optimizer)
     temperature = np.exp(np.float64(learner.log_temperature))
     size, observations = batch["observation"].shape
     beta, of_actor, of_critic = config.pessimism, config.actor_dropout, config.critic_dropout
@@ -415,11 +417,11 @@ def draws_of(update_key, learner, batch, config) -> tuple[dict, dict]:
     for noise, name, key in (("next", "next actor", next_action_key), ("now", "actor", action_key)):
         noise_key, dropout_key = jax.random.split(key)
         noises[noise] = np.asarray(jax.random.normal(noise_key, (size, 2)), np.float64)
-        masks[name] = masks_of(actor, learner.actor, (observation,), dropout_key, config.actor_dropout)
+        masks[name] = masks_of(actor, learner.actor.parameters, (observation,), dropout_key, config.actor_dropout)
     for name, key in (
         ("target critic", next_critic_key), ("critic", critic_key), ("actor's critic", actors_critic_key)
     ):  # fmt: skip
-        masks[name] = masks_of(critic, learner.critic, (observation, action), key, config.critic_dropout)
+        masks[name] = masks_of(critic, learner.critic.parameters, (observation, action), key, config.critic_dropout)
     return noises, masks
 
 
@@ -464,8 +466,8 @@ def test_updates_equal_loops_in_numpy(tiny, actor_dropout, critic_dropout):
         noise_key, dropout_key = jax.random.split(act_key)
         noise = np.asarray(jax.random.normal(noise_key, (2, 2)), np.float64)
         actor = stac.Actor(config.actor_hidden, 2)
-        kept = masks_of(actor, before.actor, (observation,), dropout_key, actor_dropout)
-        done, _, _ = slow_sample(network(before.actor), np.asarray(observation), noise, kept, actor_dropout)
+        kept = masks_of(actor, before.actor.parameters, (observation,), dropout_key, actor_dropout)
+        done, _, _ = slow_sample(network(before.actor.parameters), np.asarray(observation), noise, kept, actor_dropout)
         dropped += sum(int((~mask).sum()) for mask in kept)
         stored = state.experience.replay.rows.action[position : position + 2]
         np.testing.assert_allclose(stored, done["action"], rtol=1e-3, atol=1e-5)
@@ -482,7 +484,7 @@ def test_updates_equal_loops_in_numpy(tiny, actor_dropout, critic_dropout):
             assert_arrays_are(getattr(after, name), expected[name], rtol=1e-3, atol=1e-5)
         assert jnp.exp(after.log_temperature) == pytest.approx(expected["temperature"], rel=1e-5)
         for optimizer, adam in zip(
-            (after.actor_optimizer, after.critic_optimizer), expected["adams"], strict=True
+            (after.actor.optimizer, after.critic.optimizer), expected["adams"], strict=True
         ):  # fmt: skip
             assert adam.time == int(optax.tree_utils.tree_get(optimizer, "count")) == iteration + 1
             assert_arrays_are(optax.tree_utils.tree_get(optimizer, "mu"), adam.first, rtol=2e-3, atol=3e-6)

@@ -15,7 +15,7 @@ from jaxrl_dist.configuration import check_configuration
 
 def example_target(values=(3.0, 2.4), **flags):
     batch = by_hand.transition(reward=[0.5], **{name: [value] for name, value in flags.items()})
-    return td3.target_value(td3.Config(), batch, jnp.array([values]))[0]
+    return td3.target_value(batch, jnp.array([values]))[0]
 
 
 # -- the smoothed action ----------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_only_termination_stops_the_bootstrap():
 
 def test_minimum_is_taken_for_each_transition():
     values = jnp.array([[1.0, 4.0], [5.0, 2.0]])
-    target = td3.target_value(td3.Config(), by_hand.transition(reward=[0.0, 0.0]), values)
+    target = td3.target_value(by_hand.transition(reward=[0.0, 0.0]), values)
     np.testing.assert_allclose(target, [0.99, 1.98], rtol=1e-6)
 
 
@@ -103,9 +103,9 @@ def test_policy_delay_must_divide_the_updates(updates, delay):
 
 def slow_updates(learner: td3.Learner, batches: list, noises: list, config: td3.Config) -> dict:
     """Critic updates on every batch, the actor and all targets once at the end, all gradients by hand."""
-    actor, target_actor = by_hand.network(learner.actor), by_hand.network(learner.target_actor)
-    critic, target_critic = by_hand.network(learner.critic), by_hand.network(learner.target_critic)
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
+    actor, target_actor = by_hand.network(learner.actor.parameters), by_hand.network(learner.target_actor)
+    critic, target_critic = by_hand.network(learner.critic.parameters), by_hand.network(learner.target_critic)
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
 
     def values_of(net, observation, action):
         inputs = np.concatenate([observation, action], axis=1)
@@ -169,8 +169,8 @@ def test_updates_equal_loops_in_numpy(delayed):
         expected = slow_updates(before, batches, list(noises), config)
         for name in ("actor", "critic", "target_actor", "target_critic"):
             by_hand.assert_network_is(getattr(state.learner, name), expected[name])
-        by_hand.assert_adam_is(state.learner.actor_optimizer, expected["adams"][0])
-        by_hand.assert_adam_is(state.learner.critic_optimizer, expected["adams"][1])
+        by_hand.assert_adam_is(state.learner.actor.optimizer, expected["adams"][0])
+        by_hand.assert_adam_is(state.learner.critic.optimizer, expected["adams"][1])
     assert expected["adams"][0].time == 6  # updates of the actor: three before and three here
     assert expected["adams"][1].time == 12  # updates of the critics
     assert state.experience.replay.rows.terminated.any()
@@ -178,8 +178,8 @@ def test_updates_equal_loops_in_numpy(delayed):
 
 def test_second_critic_reaches_the_actor_only_through_the_targets(delayed):
     _, step, state = delayed
-    critic = jax.tree.map(lambda x: x.at[1].add(0.3), state.learner.critic)
-    disturbed = state._replace(learner=state.learner._replace(critic=critic))
+    critic = jax.tree.map(lambda x: x.at[1].add(0.3), state.learner.critic.parameters)
+    disturbed = state._replace(learner=by_hand.changed(state.learner, critic=critic))
     after, other = (step(by_hand.with_fresh_keys(s))[0].learner for s in (state, disturbed))
     for name, value in by_hand.network(after.actor).items():
         np.testing.assert_array_equal(by_hand.network(other.actor)[name], value)
@@ -199,14 +199,19 @@ def test_actor_and_targets_hold_still_between_their_updates(delayed):
     rows = by_hand.stored_rows(after, sample_key, 2 * config.batch_size)
     batches = [{name: np.split(value, 2)[i] for name, value in rows.items()} for i in range(2)]
     noises = list(np.asarray(jax.random.normal(noise_key, (2, config.batch_size, 2)), np.float64))
-    by_hand.assert_network_is(after.learner.critic, slow_updates(before, batches, noises, copying)["critic"])
+    by_hand.assert_network_is(after.learner.critic.parameters, slow_updates(before, batches, noises, copying)["critic"])
     # Had the targets moved after each critic update, the second would have seen the critic after the first.
     first = slow_updates(before, batches[:1], noises[:1], copying)["critic"]
     layers = {name: jnp.asarray(value, jnp.float32) for name, value in first.items()}
     eager = before._replace(target_critic={"params": {"mlp": layers}})
     wrong = slow_updates(eager, batches[1:], noises[1:], copying)["target_critic"]
-    assert any(np.abs(by_hand.network(after.learner.critic)[name] - wrong[name]).max() > 1e-3 for name in wrong)
-    for online, target in ((after.learner.critic, after.learner.target_critic), (before.actor, after.learner.actor)):
+    assert any(
+        np.abs(by_hand.network(after.learner.critic.parameters)[name] - wrong[name]).max() > 1e-3 for name in wrong
+    )
+    for online, target in (
+        (after.learner.critic.parameters, after.learner.target_critic),
+        (before.actor.parameters, after.learner.actor.parameters),
+    ):
         jax.tree.map(np.testing.assert_array_equal, online, target)
 
 
@@ -224,13 +229,13 @@ def test_reduces_to_ddpg_bit_for_bit():
     twin = td3.make_agent(reduced, env, params)
     single = ddpg.make_agent(dataclasses.replace(ddpg.Config(), **shared), env, params)
     state, other = (by_hand.quick(agent.init)(jax.random.key(0)) for agent in (single, twin))
-    jax.tree.map(np.testing.assert_array_equal, state.learner.actor, other.learner.actor)
+    jax.tree.map(np.testing.assert_array_equal, state.learner.actor.parameters, other.learner.actor.parameters)
     np.testing.assert_array_equal(state.experience.replay.rows.reward, other.experience.replay.rows.reward)
     # The critics' parameters carry different names in the two files, and with the names different first values.
-    layers = state.learner.critic["params"]["mlp"]["layers"]
+    layers = state.learner.critic.parameters["params"]["mlp"]["layers"]
     critic = {"params": {"mlp": layers}}
-    optimizer = other.learner.critic_optimizer
-    other = other._replace(learner=other.learner._replace(critic=critic, target_critic=critic))
+    optimizer = other.learner.critic.optimizer
+    other = other._replace(learner=by_hand.changed(other.learner, critic=critic, target_critic=critic))
     assert jax.tree.structure(optimizer[0].mu) == jax.tree.structure(critic)
 
     # `quick` fuses no product with a sum, whose rounding would depend on what else stands in the program.
@@ -244,4 +249,6 @@ def test_reduces_to_ddpg_bit_for_bit():
         jax.tree.map(np.testing.assert_array_equal, expected["params"]["mlp"]["layers"], actual["params"]["mlp"])
     jax.tree.map(np.testing.assert_array_equal, state.experience, other.experience)
     assert metrics["critic_loss"].total == pytest.approx(float(other_metrics["critic_loss"].total), rel=1e-6)
-    assert not np.array_equal(state.learner.critic["params"]["mlp"]["layers"]["kernel_0"], layers["kernel_0"])
+    assert not np.array_equal(
+        state.learner.critic.parameters["params"]["mlp"]["layers"]["kernel_0"], layers["kernel_0"]
+    )

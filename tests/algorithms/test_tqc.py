@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxrl_dist.algorithms.actor_critic import tqc
 from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import risk as risks
+from jaxrl_dist.learning import soft
 
 NEXT_ATOMS = jnp.array([[[1.0, 5, 3], [4, 8, 6]]])
 ATOMS = jnp.array([[[0.0, 2, 4], [1, 3, 5]]])
@@ -149,7 +150,7 @@ def test_averse_actor_climbs_the_smallest_of_all_atoms():
 
 def test_temperature_loss_by_hand():
     log_density = jnp.array([-1.5, 0.5, -0.2])
-    loss, gradients = jax.value_and_grad(tqc.temperature_loss, argnums=(0, 1))(jnp.log(0.2), log_density, -2.0)
+    loss, gradients = jax.value_and_grad(soft.temperature_loss, argnums=(0, 1))(jnp.log(0.2), log_density, -2.0)
     assert loss == pytest.approx(-3.86265099, rel=1e-6)
     assert gradients[0] == pytest.approx(2.4, rel=1e-6)
     np.testing.assert_array_equal(gradients[1], np.zeros(3))
@@ -185,10 +186,12 @@ def test_dropping_every_quantile_is_refused():
 
 def slow_update(learner: tqc.Learner, batch: dict, next_noise, noise, config: tqc.Config) -> dict:
     """One update as the paper writes it, all gradients by hand: critic, then actor, then temperature, then target."""
-    actor, critic, target_critic = map(by_hand.network, (learner.actor, learner.critic, learner.target_critic))
-    actor_adam, critic_adam = by_hand.Adam(learner.actor_optimizer), by_hand.Adam(learner.critic_optimizer)
-    temperature_adam = by_hand.Adam(learner.temperature_optimizer, None)
-    temperature = np.exp(np.float64(learner.log_temperature))
+    actor, critic, target_critic = map(
+        by_hand.network, (learner.actor.parameters, learner.critic.parameters, learner.target_critic)
+    )
+    actor_adam, critic_adam = by_hand.Adam(learner.actor.optimizer), by_hand.Adam(learner.critic.optimizer)
+    temperature_adam = by_hand.Adam(learner.log_temperature.optimizer, None)
+    temperature = np.exp(np.float64(learner.log_temperature.parameters))
     members, quantiles = config.num_critics, config.num_quantiles
     size, kept = len(batch["reward"]), (quantiles - config.quantiles_dropped) * members
 
@@ -237,7 +240,7 @@ def slow_update(learner: tqc.Learner, batch: dict, next_noise, noise, config: tq
     target_entropy = config.target_entropy_per_action * sample["action"].shape[1]
     slope = {"value": -(sample["log_density"] + target_entropy).mean()}
     log_temperature = temperature_adam.step(
-        {"value": np.float64(learner.log_temperature)}, slope, config.temperature_learning_rate
+        {"value": np.float64(learner.log_temperature.parameters)}, slope, config.temperature_learning_rate
     )["value"]
     return {
         "actor": actor, "critic": critic, "target_critic": by_hand.moved(target_critic, critic, config.polyak),
@@ -269,7 +272,7 @@ def test_update_equals_loops_in_numpy(normalize):
         assert after.log_temperature == pytest.approx(expected["log_temperature"], abs=1e-5)
         assert metrics["critic_loss"].total == pytest.approx(expected["critic_loss"], rel=1e-4)
         assert metrics["target"].total == pytest.approx(expected["target"].mean(), rel=1e-4)
-        optimizers = after.actor_optimizer, after.critic_optimizer, after.temperature_optimizer
+        optimizers = after.actor.optimizer, after.critic.optimizer, after.log_temperature.optimizer
         for optimizer, adam, name in zip(optimizers, expected["adams"], ("mlp", "mlp", None), strict=True):
             assert adam.time == iteration + 1
             by_hand.assert_adam_is(optimizer, adam, name)

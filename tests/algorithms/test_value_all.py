@@ -45,8 +45,8 @@ def larger_weights(name, state):
     """The state with weights so large that actions and laws differ from observation to observation."""
     # Larger logits would make certain laws, and so ties between the values of actions.
     factor = 2.0 if name in ("c51", "os_c51", "rainbow") else 3.0
-    network = jax.tree.map(lambda x: factor * x, state.learner.network)
-    return state._replace(learner=state.learner._replace(network=network, target_network=network))
+    network = jax.tree.map(lambda x: factor * x, state.learner.network.parameters)
+    return state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
 
 
 def blind_to_fractions(state):
@@ -56,8 +56,8 @@ def blind_to_fractions(state):
         name = jax.tree_util.keystr(path)
         return jnp.full_like(x, "bias" in name) if "embedding" in name else x
 
-    network = jax.tree.map_with_path(blind, state.learner.network)
-    return state._replace(learner=state.learner._replace(network=network, target_network=network))
+    network = jax.tree.map_with_path(blind, state.learner.network.parameters)
+    return state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
 
 
 # -- probe environments -----------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_every_float_does_what_it_says_in_one_program(name):
 
     run_all = by_hand.quick(lambda configs: jax.lax.map(train, configs))
     states = jax.device_get(run_all(configs)._replace(key=None))
-    parts = states.learner._asdict() | {"replay": states.experience.replay.rows}
+    parts = by_hand.parts(states.learner) | {"replay": states.experience.replay.rows}
     if name == "rainbow":
         parts["priorities"] = states.priorities
     if name == "fqf":
@@ -273,7 +273,7 @@ def test_state_keeps_its_structure_counts_are_right_and_targets_are_copied_when_
 
         def once(state, _):
             state, metrics = agent.step(state)
-            return state, (state.learner.network, state.learner.target_network, metrics)
+            return state, (state.learner.network.parameters, state.learner.target_network, metrics)
 
         state, history = jax.lax.scan(once, first, length=iterations)
         return first.learner, state._replace(key=None), history
@@ -291,8 +291,8 @@ def test_state_keeps_its_structure_counts_are_right_and_targets_are_copied_when_
     assert (metrics["loss"].count == 1).all()
     assert (metrics["episode_length"].count <= 12).all()
 
-    jax.tree.map(np.testing.assert_array_equal, learner.target_network, learner.network)
-    copied = learner.network
+    jax.tree.map(np.testing.assert_array_equal, learner.target_network, learner.network.parameters)
+    copied = learner.network.parameters
     for update in range(1, iterations + 1):
         network, target = jax.tree.map(lambda x, i=update - 1: x[i], (networks, targets))
         if update % config.target_period == 0:
@@ -440,7 +440,9 @@ def test_exported_policy_with_the_other_kind_of_head(name, dueling, tmp_path):
 
 def test_parameters_differ_from_seed_to_seed(started):
     _, _, _, state, other, _ = started
-    pairs = zip(*map(jax.tree.leaves_with_path, (state.learner.target_network, other.learner.network)), strict=True)
+    pairs = zip(
+        *map(jax.tree.leaves_with_path, (state.learner.target_network, other.learner.network.parameters)), strict=True
+    )
     for (path, one), (_, two) in pairs:
         if "noise" not in jax.tree_util.keystr(path):  # Rainbow's deviations start all alike
             assert (one != two).all(), path

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from toys import Toy, ToyParams
 
-from jaxrl_dist.learning import experience, interaction, normalization, replay, returns
+from jaxrl_dist.learning import experience, interaction, normalization, replay
+from jaxrl_dist.learning.settings import Settings
 
 ENV, PARAMS = Toy(), ToyParams()
 
 
 @functools.partial(jax.jit, static_argnames=("num_envs", "steps", "capacity", "normalize_observations"))
-def warm_up(key, **sizes):
-    return experience.warm_up(ENV, PARAMS, key, **sizes)
+def warm_up(key, *, num_envs, steps, capacity, normalize_observations):
+    sizes = Settings(num_envs=num_envs, warmup_steps=steps, replay_capacity=capacity)
+    return experience.warm_up(ENV, PARAMS, key, sizes, normalize=normalize_observations)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,13 @@ def test_statistics_are_those_of_the_stored_observations(filled):
 def test_sample_normalises_both_observations_and_nothing_else(filled):
     key = jax.random.key(3)
     sample = jax.jit(experience.sample, static_argnums=2)
-    batch = sample(filled, key, 30)
-    raw = sample(filled._replace(normalizer=None), jax.random.clone(key), 30)
+    batch = sample(filled, key, 30, 0.97)
+    raw = sample(filled._replace(normalizer=None), jax.random.clone(key), 30, 0.97)
     for name in ("observation", "next_observation"):
         expected = normalization.normalize(filled.normalizer, getattr(raw, name))
         np.testing.assert_allclose(getattr(batch, name), expected, rtol=1e-5, atol=1e-6)
         assert np.abs(getattr(batch, name) - getattr(raw, name)).min() > 0
-    for name in ("action", "reward", "terminated", "truncated"):
+    for name in ("action", "reward", "discount"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(raw, name))
     # Rows are stored raw: lengths are whole numbers, as the environment gave them.
     np.testing.assert_array_equal(raw.observation[:, 2], np.round(raw.observation[:, 2]))
@@ -209,11 +211,10 @@ def test_a_time_limit_does_not_change_the_value_of_an_endless_reward(num_steps):
 def test_one_step_is_what_sample_draws(filled):
     for batch_size in (30, 7):
         key = jax.random.key(8)
-        expected = jax.jit(experience.sample, static_argnums=2)(filled, key, batch_size)
+        expected = jax.jit(experience.sample, static_argnums=2)(filled, key, batch_size, 0.97)
         actual = SAMPLE_N_STEP(filled, jax.random.clone(key), batch_size, num_steps=1, gamma=0.97)
-        for name in ("observation", "action", "reward", "next_observation"):
-            np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
-        np.testing.assert_array_equal(actual.discount, returns.bootstrap_discount(0.97, expected.terminated))
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+        assert set(np.unique(actual.discount).tolist()) == {0, np.float32(0.97)}
 
 
 def test_n_step_batches_of_a_real_run_are_normalised_and_span_their_steps(filled):

@@ -190,7 +190,7 @@ def test_non_finite_metric_stops_the_run(tmp_path):
         def step(state):
             state, metrics = agent.step(state)
             # The replay of run 1 (the other key) is poisoned once it holds 150 rows.
-            bad = (state.experience.replay.size >= 150) & (state.learner.critic_optimizer[0].count > 0)
+            bad = (state.experience.replay.size >= 150) & (state.learner.critic.optimizer[0].count > 0)
             loss = metrics["critic_loss"]
             return state, metrics | {"critic_loss": loss._replace(total=jnp.where(bad, jnp.nan, loss.total))}
 

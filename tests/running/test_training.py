@@ -19,6 +19,7 @@ from jaxrl_dist.configuration import ConfigurationError, Fraction, Positive, Rea
 from jaxrl_dist.distributional.law import equally_weighted
 from jaxrl_dist.learning import experience
 from jaxrl_dist.learning.interaction import average
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.running import evaluation, training
 
 # -- a learner that compiles in no time -------------------------------------------------------------------------------
@@ -45,9 +46,8 @@ def make_learner(config, env, env_params) -> Agent:
 
     def init(key):
         key, weights_key, warmup_key = jax.random.split(key, 3)
-        filled = experience.warm_up(
-            env, env_params, warmup_key, num_envs=2, steps=8, capacity=32, normalize_observations=True
-        )
+        sizes = Settings(num_envs=2, warmup_steps=8, replay_capacity=32)
+        filled = experience.warm_up(env, env_params, warmup_key, sizes, normalize=True)
         return State(jax.random.normal(weights_key, (3,)), jnp.int32(0), filled, key)
 
     def step(state):

@@ -279,9 +279,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             critic_parameters,
             log_temperature,
         )
-        filled = experience.warm_up(
-            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
-        )
+        filled = experience.warm_up(env, env_params, warmup_key, config, normalize=config.normalize_observations)
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:

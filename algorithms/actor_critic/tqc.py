@@ -224,9 +224,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters), critic_parameters,
             begin(temperature_adam, log_temperature),
         )  # fmt: skip
-        filled = experience.warm_up(
-            env, env_params, warmup_key, config, normalize_observations=config.normalize_observations
-        )
+        filled = experience.warm_up(env, env_params, warmup_key, config, normalize=config.normalize_observations)
         return State(learner, filled, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:

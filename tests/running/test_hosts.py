@@ -42,7 +42,13 @@ ARGUMENTS = [
 ]  # fmt: skip
 SHORT = {"total_steps": 432}
 GRID = [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
-COMMAND = "import sys; from jaxrl_dist import cli; from jaxrl_dist.running import hosts; hosts.HEARTBEAT_SECONDS = 20; cli.command(sys.argv[1:])"
+COMMAND = """
+import sys
+from jaxrl_dist import cli
+from jaxrl_dist.running import hosts
+hosts.HEARTBEAT_SECONDS = 20
+cli.command(sys.argv[1:])
+"""
 
 
 def prepare(runs: Path, **changes) -> problem.Problem:

@@ -72,6 +72,11 @@ class Clock(NamedTuple):
         """In what a run's length is counted."""
         return "env steps" if self.env_steps else "updates"
 
+    @property
+    def per_iteration(self) -> int:
+        """Of its unit, what one iteration of training takes."""
+        return self.env_steps or self.updates
+
     def env_steps_at(self, iteration: Any) -> Any:
         """Environment steps that were taken after `iteration` iterations (numbers, or arrays of them)."""
         return self.warmup_steps + self._of_training(iteration) * self.env_steps
@@ -96,7 +101,7 @@ class Clock(NamedTuple):
 
     def interval(self, total_steps: float) -> int:
         """Iterations, at least one, in which training comes nearest to taking `total_steps` of its unit."""
-        return max(1, round(total_steps / (self.env_steps or self.updates)))
+        return max(1, round(total_steps / self.per_iteration))
 
     def _of_training(self, iteration: Any) -> Any:
         if not self.pretraining:

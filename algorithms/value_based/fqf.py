@@ -33,7 +33,7 @@ for the end of the warm-up; evaluation without exploration. `--num-steps` n > 1 
 return and gamma^n.
 
 Run:      python algorithms/value_based/fqf.py --env-id CartPole-v1
-Expected: CartPole-v1 about 470 of 500 within 500,000 steps, with relapses: experiments/learning_curves.
+Expected: CartPole-v1 500 of 500 within 500,000 steps, with relapses of single seeds: experiments/learning_curves.
 """
 
 from typing import Literal, NamedTuple

@@ -114,7 +114,8 @@ def leg_end(problem: Problem, steps: int) -> int:
     if steps >= options.total_steps:
         return clock.iterations(options.total_steps)
     every = _interval(clock, options, options.eval_every, EVALUATIONS)
-    return max(0, round((steps - clock.now(0)) / (clock.env_steps or clock.updates) / every)) * every
+    start = clock.pretraining if clock.env_steps else 0  # until there env steps stand still
+    return max(0, round((start + (steps - clock.now(0)) / clock.per_iteration) / every)) * every
 
 
 def _interval(clock: Clock, options: RunOptions, steps: int, default_parts: int) -> int:

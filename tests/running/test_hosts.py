@@ -42,7 +42,13 @@ ARGUMENTS = [
 ]  # fmt: skip
 SHORT = {"total_steps": 432}
 GRID = [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
-COMMAND = "import sys; from jaxrl_dist import cli, hosts; hosts.HEARTBEAT_SECONDS = 20; cli.command(sys.argv[1:])"
+COMMAND = """
+import sys
+from jaxrl_dist import cli
+from jaxrl_dist.running import hosts
+hosts.HEARTBEAT_SECONDS = 20
+cli.command(sys.argv[1:])
+"""
 
 
 def prepare(runs: Path, **changes) -> problem.Problem:
@@ -73,10 +79,11 @@ def start(cache: Path, devices: int, commands: list[list[str]]) -> list[subproce
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "COLUMNS": "200",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, *command], cwd=Path(__file__).parents[1], env=environment, text=True,
+            [sys.executable, *command], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for command in commands

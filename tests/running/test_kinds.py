@@ -201,9 +201,7 @@ def test_the_pure_function_is_the_run(kind, finished, tmp_path):
     states, history = mapped(keys, one.config, *one.data)
     weights = results.load_run(finished[kind][0], KINDS.__getitem__, episodes=1).state.state.weights
     np.testing.assert_allclose(states.weights, weights, rtol=1e-4, atol=1e-6)
-    assert history["updates"][0].tolist() == [int(x) for x in np.round(np.linspace(0, TOTALS[kind], 4))[1:]] or (
-        kind == "on_policy"
-    )
+    assert history["updates"][0].tolist() == {"on_policy": [8, 16, 24], "offline": [20, 40, 60]}[kind]
 
 
 # -- what the toolkit does not read -----------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ def test_data_is_an_argument_of_programs_and_no_part_of_states(tmp_path):
     rows = 64 * 3
     sizes = [x.size for x in jax.tree.leaves(programs.abstract_training)]
     assert max(sizes) < rows
-    assert "constant" not in str(programs.traces["advance"].jaxpr.consts)
+    assert all(np.size(x) < rows for x in programs.traces["advance"].jaxpr.consts)
     assert sum(x.size for x in jax.tree.leaves(programs.data)) >= 2 * rows
     shapes = [x.aval.shape for x in programs.traces["advance"].jaxpr.jaxpr.invars]
     assert (64, 3) in shapes

@@ -15,7 +15,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
+import proofs
 import pytest
+import toys
 
 # A pytest plug-in may have imported jax before this file.
 jax.config.update("jax_platforms", "cpu")
@@ -26,19 +28,62 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_debug_key_reuse", True)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="slow tests, too, whose subject has not changed: see proofs.py")
+
+
+def words_of(nodeid: str) -> set[str]:
+    """The algorithms that a test is about: that of its file, and those among its parameters."""
+    path, _, rest = nodeid.partition("::")
+    return {Path(path).stem.removeprefix("test_"), *re.findall(r"\w+", rest.partition("[")[2])}
+
+
+def group_of(nodeid: str) -> str:
+    """The agent that a test of the algorithms is about, else the file that it is in."""
+    path = nodeid.partition("::")[0]
+    agents = sorted({*toys.agents()} & words_of(nodeid)) if "algorithms" in Path(path).parts else ()
+    return agents[0] if agents else path
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one agent follow each other, and those of one file: they share what is compiled."""
+    groups = [group_of(item.nodeid) for item in items]
+    place = {group: index for index, group in reversed([*enumerate(groups)])}
+    items[:] = [item for _, item in sorted(zip(groups, items, strict=True), key=lambda pair: place[pair[0]])]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A group stays in one process. (The `loadgroup` of pytest-xdist 3.8 does nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
+
+@pytest.fixture
+def proof(request):
+    """`proof(subject)` ends a slow test that has passed with this subject before: see `proofs.py`."""
+    return proofs.checker(request)
+
+
+def pytest_sessionfinish(session):
+    if session.config.option.all and not hasattr(session.config, "workerinput"):
+        proofs.write(session.config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", ()))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Seconds of all tests by folder and by algorithm: what adding one costs, and where CI's time goes."""
-    import toys
-
-    folders, algorithms, names = Counter(), Counter(), toys.agents()
+    folders, algorithms, names = Counter(), Counter(), {*toys.agents()}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if not isinstance(report, pytest.TestReport):
                 continue
-            path, _, rest = report.nodeid.partition("::")
+            path = report.nodeid.partition("::")[0]
             folders[Path(path).parts[1] if path.count("/") > 1 else Path(path).stem] += report.duration
-            words = {Path(path).stem.removeprefix("test_"), *re.findall(r"\w+", rest.partition("[")[2])}
-            for name in words & {*names}:
+            for name in words_of(report.nodeid) & names:
                 algorithms[name] += report.duration
     for title, seconds in (("folder", folders), ("algorithm", algorithms)):
         terminalreporter.section(f"seconds by {title}")

@@ -93,8 +93,7 @@ class Config(Settings):
     v_max: Real = 150.0
     """highest atom"""
     risk: str = "neutral"
-    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
-    mean-variance:WEIGHT"""
+    """the actor's aim: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
 # Pendulum's sizes are ours, for a CPU; its rewards lie in [-16.3, 0].
@@ -162,16 +161,26 @@ class State(NamedTuple):
 
 def target_masses(batch: Batch, next_masses: jax.Array, support: jax.Array) -> jax.Array:
     """Law of reward + discount * Z for Z with the masses `[batch, atoms]`, projected onto the support `[atoms]`."""
+    chex.assert_rank(next_masses, 2)
+    chex.assert_shape([batch.reward, batch.discount], next_masses.shape[:1])
+    chex.assert_shape(support, next_masses.shape[1:])
     return categorical.project_return(batch.reward, batch.discount, next_masses, support)
 
 
 def critic_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Mean cross-entropy of the predicted laws to their targets, both `[batch, atoms]`."""
+    chex.assert_rank(logits, 2)
+    chex.assert_equal_shape([logits, target])
     return categorical.cross_entropy(target, logits).mean()
 
 
 def actor_loss(action: jax.Array, action_gradient: jax.Array, bound: float | jax.Array) -> jax.Array:
-    """Half the squared distance of `[batch, actions]` to where the cut gradient of the value points, a constant."""
+    """Half the squared distance of `[batch, actions]` to where the cut gradient of the value points, a constant.
+
+    As in acme; the slope in the action is minus the cut gradient.
+    """
+    chex.assert_rank(action, 2)
+    chex.assert_equal_shape([action, action_gradient])
     length = jnp.linalg.norm(action_gradient, axis=-1, keepdims=True)
     step = action_gradient * jnp.minimum(1, bound / jnp.maximum(length, 1e-12))
     return 0.5 * ((action - jax.lax.stop_gradient(action + step)) ** 2).sum(-1).mean()
@@ -197,18 +206,19 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critic and actor, and the copies into the target networks when they are due."""
+        # Target: n rewards and the target critic's law of the target actor's next action, projected.
         next_action = actor.apply(learner.target_actor, batch.next_observation)
         next_masses = law_of(learner.target_critic, batch.next_observation, next_action).masses
         target = target_masses(batch, next_masses, support)
 
+        # Critic: cross-entropy to the target.
         def critic_objective(parameters):
             logits = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(logits, target), (jax.nn.softmax(logits) * support).sum(-1)
 
-        new_critic, (critic_value, values, critic_gradient_norm) = descend(
-            critic_adam, learner.critic, critic_objective
-        )
+        new_critic, (critic_value, values, norm) = descend(critic_adam, learner.critic, critic_objective)
 
+        # Actor: climb the critic just updated, no further than the bound.
         def actor_objective(parameters):
             action = actor.apply(parameters, batch.observation)
             # The value of a row depends on the action of that row alone: the gradient of the sum has them all.
@@ -226,8 +236,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
             "clipped_mass": categorical.clipped_mass(batch.reward, batch.discount, next_masses, support).mean(),
             "saturation": (jnp.abs(action) > 0.99).mean(),
             "action_gradient_norm": jnp.linalg.norm(action_gradient, axis=-1).mean(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "critic_gradient_norm": norm,
         }  # fmt: skip
+
+        # Targets: copy actor and critic, when it is time.
         learner = Learner(
             new_actor, new_critic,
             networks.periodic_copy(learner.target_actor, new_actor.parameters, updates, config.target_period),

@@ -145,21 +145,25 @@ class State(NamedTuple):
 
 def target_value(batch: Batch, next_value: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted value `[batch]`: `[batch]`."""
+    chex.assert_shape([batch.reward, batch.discount, next_value], (len(next_value),))
     return batch.reward + batch.discount * next_value
 
 
 def critic_loss(value: jax.Array, target: jax.Array) -> jax.Array:
     """Mean squared error of `[batch]` values on `[batch]` targets."""
+    chex.assert_shape([value, target], (len(target),))
     return ((value - target) ** 2).mean()
 
 
 def actor_loss(value: jax.Array) -> jax.Array:
     """Value `[batch]` to be maximised."""
+    chex.assert_rank(value, 1)
     return -value.mean()
 
 
 def next_noise(config: Config, noise: jax.Array, key: jax.Array) -> jax.Array:
-    """One step of the Ornstein-Uhlenbeck recursion for every environment, `[num_envs, actions]`."""
+    """One step, of length 1, of the Ornstein-Uhlenbeck recursion for every environment, `[num_envs, actions]`."""
+    chex.assert_rank(noise, 2)
     return (1 - config.noise_reversion) * noise + config.exploration_noise * jax.random.normal(key, noise.shape)
 
 
@@ -185,22 +189,26 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critic and actor, and one of the targets towards their online networks."""
+        # Target: value of the target actor's next action, by the target critic.
         next_action = actor.apply(learner.target_actor, batch.next_observation)
         next_value = critic.apply(learner.target_critic, batch.next_observation, next_action)
         target = target_value(batch, next_value)
 
+        # Critic: regress on the target.
         def critic_objective(parameters):
             value = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(value, target), value
 
-        new_critic, (critic_value, value, critic_gradient_norm) = descend(critic_adam, learner.critic, critic_objective)
+        new_critic, (critic_value, value, norm) = descend(critic_adam, learner.critic, critic_objective)
 
+        # Actor: climb the critic just updated.
         def actor_objective(parameters):
             action = actor.apply(parameters, batch.observation)
             return actor_loss(critic.apply(new_critic.parameters, batch.observation, action)), action
 
         new_actor, (actor_value, action, _) = descend(actor_adam, learner.actor, actor_objective)
 
+        # Targets: follow actor and critic slowly.
         learner = Learner(
             actor=new_actor,
             critic=new_critic,
@@ -209,7 +217,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         )
         metrics = {
             "critic_loss": critic_value, "value": value.mean(), "target": target.mean(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "critic_gradient_norm": norm,
             "actor_loss": actor_value, "saturation": (jnp.abs(action) > 0.99).mean(),
         }  # fmt: skip
         return learner, jax.tree.map(average, metrics)

@@ -1,13 +1,13 @@
 """DSAC: Distributional Soft Actor-Critic (the first version).
 
 Paper: "Distributional Soft Actor-Critic: Off-Policy Reinforcement Learning for Addressing Value Estimation Errors",
-Duan, Guan, Li, Ren, Sun, Cheng, IEEE TNNLS 2021, arXiv 2001.02811. Not the quantile algorithm of the same name
-(Ma et al., arXiv 2004.14547).
+Duan et al., IEEE TNNLS 2021, arXiv 2001.02811. Not the quantile algorithm of that name (Ma et al., arXiv 2004.14547).
 
 SAC with one critic that learns the law of the soft return as a Gaussian. The likelihood divides the error of the mean
 by the variance: where returns are uncertain the mean moves slowly, which lowers the over-estimation that a climbing
-actor causes, without a second critic. Two bounds keep the likelihood's gradients in hand: the standard deviation stays
-within [min_std, max_std], and its own target stays within `target_bound` of the mean.
+actor causes, without a second critic. Two bounds keep these gradients in hand: the standard deviation stays within
+[min_std, max_std], and its own target within `target_bound` of the mean. They suit returns of one size, so rewards are
+scaled by `reward_scale` c; what is reported is in the environment's units again.
 
     target        y = c r + gamma (1 - terminated) (Z' - alpha log pi_target(a'|s')),  a' ~ pi_target(.|s'),
                   Z' ~ N(Q_target(s', a'), sigma_target(s', a')^2), noise cut at two standard deviations
@@ -17,23 +17,19 @@ within [min_std, max_std], and its own target stays within `target_bound` of the
     temperature   -log alpha (mean of log pi(a|s) + target entropy), with the actor
     targets       psi_target <- psi_target + polyak (psi - psi_target) for actor and critic, with the actor
 
-c is `reward_scale`, since the bounds on sigma and on its target suit returns of one size only; what is reported is in
-the environment's units again.
-
 The defaults are those of the authors' code of the paper (DSAC-v1), first weights included: Glorot's, so that both
 deviations start near 1. Differences from that code:
-- one learner, one replay and one environment that take turns, `policy_delay` environment steps before as many critic
-  updates (theirs: four, three and six, running apart); the actor follows the last of these updates (theirs: the first);
-- step sizes do not fall (theirs: by a cosine to 1e-6), and the warm-up's actions are uniform (theirs: the policy's);
+- learner, replay and environment take turns, `policy_delay` environment steps before as many critic updates (theirs:
+  four, three and six of them run apart); the actor follows the last of these updates (theirs: the first);
+- step sizes do not fall (theirs: by a cosine to 1e-6); the warm-up's actions are uniform (theirs: the policy's);
 - both outputs of a network share all five layers (theirs: the first three), whose GELU has its tanh form;
-- the actor's noise is not cut (theirs: at three deviations); log pi is exact (theirs adds 1e-4 within the logarithm)
-  and that of actions in [-1, 1] (theirs: in the environment's units).
-Their later code (DSAC-v2, whose settings are those of `dsac_t.py`) has softplus for sigma and 0.1 for the bias. With
-`--risk` the actor climbs another risk measure of N(Q, sigma^2) than its mean.
+- the actor's noise is not cut (theirs: at three deviations); log pi is exact (theirs: 1e-4 within the logarithm) and
+  that of actions in [-1, 1] (theirs: in the environment's units).
+Their later code (DSAC-v2; `dsac_t.py` has its settings) takes softplus for sigma and 0.1 for the bias. With `--risk`
+the actor climbs another risk measure of N(Q, sigma^2) than its mean.
 
 Run:      python algorithms/actor_critic/dsac.py --env-id Pendulum-v1
-Expected: not measured yet with these defaults; before them Pendulum-v1 above -200 within 15,000 steps:
-          experiments/learning_curves.
+Expected: Pendulum-v1 above -200 within 15,000 steps: experiments/learning_curves.
 """
 
 from typing import Literal, NamedTuple
@@ -49,7 +45,7 @@ from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Rea
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, soft
+from jaxrl_dist.learning import experience, networks, soft
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
@@ -66,7 +62,6 @@ class Config(Settings):
 
     steps_per_iteration: Count = 2
     updates_per_iteration: Count = 2
-    """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 2_000
     replay_capacity: Count = 500_000
     normalize_observations: bool = False
@@ -94,7 +89,7 @@ class Config(Settings):
     activation: Literal["gelu", "relu"] = "gelu"
     """non-linearity of all hidden layers"""
     policy_delay: Count = 2
-    """critic updates per update of the actor, the temperature and the targets"""
+    """critic updates per update of the actor, the temperature and the targets; divides updates_per_iteration"""
     reward_scale: Positive = 0.2
     """c, factor on the rewards that are learned from"""
     target_bound: Positive = 10.0
@@ -106,35 +101,26 @@ class Config(Settings):
     gradient_bias: NonNegative = 0.0
     """added to the denominators of the critic's gradients"""
     risk: str = "neutral"
-    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
-    mean-variance:WEIGHT"""
+    """the actor's aim: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
 # Pendulum's sizes are ours, for a CPU; its rewards are learned from as they are.
 PRESETS = {
-    "Pendulum-v1": {
-        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-        "activation": "relu", "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
-        "temperature_learning_rate": 1e-3, "polyak": 0.005, "reward_scale": 1.0, "target_bound": 20.0,
-    },
-}  # fmt: skip
+    "Pendulum-v1": soft.PENDULUM | {"activation": "relu", "polyak": 0.005, "reward_scale": 1.0, "target_bound": 20.0},
+}
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
 
 
-class Actor(nn.Module):
-    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+class Actor(soft.Actor):
+    """SAC's, with Glorot's first weights and `bounded` log deviations."""
 
-    hidden: tuple[int, ...]
-    action_size: int
     activation: str = "gelu"
+    log_std_bounds: tuple[float, float] = (-5, 1)
+    glorot: bool = True
 
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        activation = getattr(nn, self.activation)
-        mlp = networks.MLP((*self.hidden, 2 * self.action_size), activation, glorot=True, name="mlp")
-        mean, position = jnp.split(mlp(observation), 2, axis=-1)
-        return mean, bounded(position, -5, 1)
+    def log_std(self, position: jax.Array) -> jax.Array:
+        return bounded(position, *self.log_std_bounds)
 
 
 class Critic(nn.Module):
@@ -154,10 +140,7 @@ class Critic(nn.Module):
 
 
 def bounded(position: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
-    """Log standard deviations in (low, high), low < 0 < high, from unbounded outputs; 0 stays 0.
-
-    Each side is a tanh of its own: a hard clip would have no way back.
-    """
+    """Log deviations in (low, high), low < 0 < high, by a tanh on each side of 0: a cut would have no way back."""
     tanh = jnp.tanh(position / jnp.maximum(-low, high))
     return tanh * jnp.where(position > 0, high, -low)
 
@@ -189,18 +172,21 @@ class State(NamedTuple):
 def target_return(
     config: Config, batch: Batch, next_return: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-    """Scaled reward plus the successor's discounted soft return, `[batch]`."""
+    """Scaled reward plus the successor's discounted soft return, all `[batch]`."""
+    chex.assert_shape([batch.reward, batch.discount, next_return, next_log_density], (len(next_return),))
     return config.reward_scale * batch.reward + batch.discount * (next_return - temperature * next_log_density)
 
 
 def critic_loss(config: Config, mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
     """Function of `[batch]` means and deviations with the bounded gradients of the likelihood of `[batch]` targets."""
+    chex.assert_shape([mean, std, target], (len(target),))
     std_target = gaussian.clip_target(mean, target, config.target_bound)
     return gaussian.likelihood_surrogate(mean, std, target, std_target, config.gradient_bias).mean()
 
 
 def actor_loss(value: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Soft value to be maximised, from the critic's `[batch]` values."""
+    """Soft value to be maximised, by the critic's `[batch]`; log_density: `[batch]`."""
+    chex.assert_shape([value, log_density], (len(value),))
     return (temperature * log_density - value).mean()
 
 
@@ -212,26 +198,18 @@ def make_agent(config: Config, env, env_params) -> Agent:
     action_size = continuous_action_size(env, env_params)
     config.check()
     clock = config.clock()
-    require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
     check_policy_delay(config)
-    require(
-        isinstance(config.min_std, jax.core.Tracer) or config.min_std < 1,
-        f"--min-std is {config.min_std}; it must be below 1, where the standard deviation starts",
-    )
-    require(
-        isinstance(config.max_std, jax.core.Tracer) or config.max_std > 1,
-        f"--max-std is {config.max_std}; it must be above 1, where the standard deviation starts",
-    )
+    for name, std, side in (("--min-std", config.min_std, "below"), ("--max-std", config.max_std, "above")):
+        fits = isinstance(std, jax.core.Tracer) or (std < 1 if side == "below" else std > 1)
+        require(fits, f"{name} is {std}; it must be {side} 1, where the standard deviation starts")
     actor = Actor(config.actor_hidden, action_size, config.activation)
+    policy = soft.policy_of(actor, config.reward_scale)
     critic = Critic(config.critic_hidden, config.activation)
     risk = risks.parse(config.risk)
     actor_adam = optax.adam(config.actor_learning_rate)
     critic_adam = optax.adam(config.critic_learning_rate)
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
-
-    def sample_action(actor_parameters, observation, key):
-        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
 
     def moments(critic_parameters, observation, action):
         return critic.apply(critic_parameters, observation, action, config.min_std, config.max_std)
@@ -240,23 +218,26 @@ def make_agent(config: Config, env, env_params) -> Agent:
         """One gradient step of the critic."""
         next_action_key, noise_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
-        next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
+
+        # Target: soft return of the target policy's next action, drawn from the target critic and cut as in DSAC-v1.
+        next_action, next_log_density = actor.sample(learner.target_actor, batch.next_observation, next_action_key)
         next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action)
         next_return = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -2, 2)
         target = target_return(config, batch, next_return, next_log_density, temperature)
 
+        # Critic: raise the likelihood of the target, by bounded gradients in the form of the authors' later code.
         def critic_objective(parameters):
             mean, std = moments(parameters, batch.observation, batch.action)
             return critic_loss(config, mean, std, target), (mean, std)
 
-        new_critic, (_, (mean, std), critic_gradient_norm) = descend(critic_adam, learner.critic, critic_objective)
+        new_critic, (_, (mean, std), norm) = descend(critic_adam, learner.critic, critic_objective)
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, target).mean(),
             "value": mean.mean() / config.reward_scale, "std": std.mean() / config.reward_scale,
             "target": target.mean() / config.reward_scale,
             "largest_bonus": jnp.abs(temperature * next_log_density).max() / config.reward_scale,
             "clipped_targets": (jnp.abs(target - mean) > config.target_bound).mean(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "critic_gradient_norm": norm,
         }  # fmt: skip
         return learner._replace(critic=new_critic), metrics
 
@@ -264,8 +245,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
         temperature = jnp.exp(learner.log_temperature.parameters)
 
+        # Actor: climb the critic just updated, through actions of its own.
         def actor_objective(parameters):
-            action, log_density = sample_action(parameters, batch.observation, key)
+            action, log_density = actor.sample(parameters, batch.observation, key)
             mean, std = moments(learner.critic.parameters, batch.observation, action)
             # In the environment's units, for mean-variance is not proportional to them.
             value = config.reward_scale * gaussian.value(risk, mean / config.reward_scale, std / config.reward_scale)
@@ -273,13 +255,15 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
+        # Temperature: steer the policy's entropy to its target.
         new_log_temperature = soft.steer(temperature_adam, learner.log_temperature, log_density, target_entropy)
+
+        # Targets: follow actor and critic slowly.
         learner = learner._replace(
-            actor=new_actor,
-            log_temperature=new_log_temperature,
+            actor=new_actor, log_temperature=new_log_temperature,
             target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
             target_critic=networks.polyak(learner.target_critic, learner.critic.parameters, config.polyak),
-        )
+        )  # fmt: skip
         return learner, {"actor_loss": actor_value, "temperature": temperature, "entropy": -log_density.mean()}
 
     def init(key: jax.Array) -> State:
@@ -298,7 +282,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            action, _ = policy.follow(state, state.experience.interaction.observation, act_key)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             return state._replace(key=key, experience=lived), episodes
 
@@ -310,38 +294,22 @@ def make_agent(config: Config, env, env_params) -> Agent:
             )
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, turn: update_critic(learner, turn[0], jax.random.fold_in(critic_key, turn[1])),
-                state.learner,
-                (batches, jnp.arange(config.policy_delay)),
-            )
+                state.learner, (batches, jnp.arange(config.policy_delay)),
+            )  # fmt: skip
             learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches), actor_key)
-            losses = jax.tree.map(average, critic_metrics | actor_metrics)
-            return state._replace(key=key, learner=learner), losses
+            return state._replace(key=key, learner=learner), jax.tree.map(average, critic_metrics | actor_metrics)
 
         state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
-        rounds = config.updates_per_iteration // config.policy_delay
-        state, losses = jax.lax.scan(learn, state, length=rounds)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration // config.policy_delay)
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
-
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
-        return policies.squashed_mode(mean)
-
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor.parameters, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature.parameters) * log_density / config.reward_scale
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
         mean, std = moments(state.learner.critic.parameters, observation, action)
         return gaussian.law(mean / config.reward_scale, std / config.reward_scale)
 
-    def export(state: State) -> dict[str, jax.Array]:
-        layers = state.learner.actor.parameters["params"]["mlp"]["layers"]
-        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation=config.activation)
-
-    claim = Claim(target_policy, predict, config.discount)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount)
+    return Agent(init, step, memoryless(policy.act), clock, claim, policy.export)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,28 @@
 """DSAC-T: Distributional Soft Actor-Critic with Three Refinements.
 
-Paper: "Distributional Soft Actor-Critic with Three Refinements", Duan, Wang, Xiao, Gao, Li, Liu, Zhang, Cheng, Li,
-IEEE TPAMI 2025, arXiv 2310.05858.
+Paper: "Distributional Soft Actor-Critic with Three Refinements", Duan et al., IEEE TPAMI 2025, arXiv 2310.05858.
 
-DSAC learns the soft return as one Gaussian, and is unstable: a sampled target makes the mean's gradient noisy, a single
-critic is exploited, and its bounds must fit the size of the rewards. Each refinement mends one of these and can be
-switched off; without all three the loss is DSAC's.
+DSAC learns the soft return as one Gaussian and is unstable: a sampled target makes the mean's gradient noisy, a single
+critic is exploited, and its bounds must fit the rewards' size. Each refinement mends one of these and can be switched
+off: y_q is then y_z, or there is one critic, or b is `target_bound` and w is 1; without all three the loss is DSAC's.
 
-    successor     a' ~ pi_target(.|s'),  j = argmin over i of Q_target_i(s', a')                       [num_critics]
-    targets       y_q = r + gamma (1 - terminated) (Q_target_j - alpha log pi_target(a'|s'))           of the mean,
-                  y_z = the same with Z_j ~ N(Q_target_j, sigma_target_j^2) for Q_target_j             of the deviation;
-                  the mean's is y_z, too, without                                        [expected_value_substitution]
-    bound, scale  b_i = 3 m_i,  w_i = m_i^2 + bias,  with m_i the running mean of sigma_i; without
-                  b_i = target_bound,  w_i = 1                                                      [variance_scaling]
-    critics       by their gradients, with C = Q_i + clip(y_z - Q_i, -b_i, b_i):
-                  d/dQ_i = -w_i (y_q - Q_i) / (sigma_i^2 + bias)
+    successor     a' ~ pi_target(.|s'),  j = argmin over i of Q_target_i(s', a')                           [num_critics]
+    targets       y_q = r + gamma (1 - terminated) (Q_target_j - alpha log pi_target(a'|s')),
+                  y_z = the same by Z_j ~ N(Q_target_j, sigma_target_j^2), cut at 3 sigma  [expected_value_substitution]
+    bound, scale  b_i = 3 m_i,  w_i = m_i^2 + bias,  with m_i the running mean of sigma_i             [variance_scaling]
+    critics       d/dQ_i = -w_i (y_q - Q_i) / (sigma_i^2 + bias),  and with C = Q_i + clip(y_z - Q_i, -b_i, b_i)
                   d/dsigma_i = -w_i ((C - Q_i)^2 - sigma_i^2) / (sigma_i^3 + bias)
     actor         mean of alpha log pi(a|s) - min over i of Q_i(s, a),  a ~ pi(.|s), once every `policy_delay` updates
     temperature   -log alpha (mean of log pi(a|s) + target entropy), with the actor
     targets       psi_target <- psi_target + polyak (psi - psi_target) for actor and critics, with the actor
 
-Differences from the paper: w is the square of the running mean of sigma, as in both of the authors' codes (the paper:
-the running mean of its square). `--repository-loss` takes the loss of their DSAC-v2 code, which differs: Huber instead
-of squares, per-sample ratios m^2 / (sigma^2 + bias) in [0.1, 10] as scale, and a sigma that settles sqrt(2) lower.
-Differences from that code, whose settings the defaults are:
-- an iteration takes `policy_delay` rounds of 20 environment steps before as many critic updates (theirs: a round
-  before each); the actor follows the last of these updates (theirs: the first) and climbs the critics as they then are
-  (theirs: its gradient is taken before they move);
-- the warm-up's actions are uniform (theirs: the policy's); GELU has its tanh form;
-- log pi is that of actions in [-1, 1] (theirs: in the environment's units) and exact.
+Differences from the paper: w has the squared running mean of sigma, as in both official codes (the paper averages its
+square). `--repository-loss` is that of their DSAC-v2 code: Huber for squares, per-sample ratios m^2 / (sigma^2 + bias)
+in [0.1, 10] for w; sigma settles sqrt(2) lower. Differences from that code, whose settings are the defaults:
+- `policy_delay` rounds of 20 environment steps come before as many critic updates (theirs: a round before each); the
+  actor follows the last of these (theirs: the first) and climbs the critics as they then are (theirs: as they were);
+- the warm-up's actions are uniform (theirs: the policy's); GELU has its tanh form; log pi is exact, and that of actions
+  in [-1, 1] (theirs: in the environment's units).
 With `--risk` the actor climbs the smallest of another risk measure of N(Q_i, sigma_i^2) than the mean.
 
 Run:      python algorithms/actor_critic/dsac_t.py --env-id Pendulum-v1
@@ -48,7 +42,7 @@ from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Rea
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, soft
+from jaxrl_dist.learning import experience, networks, soft
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
@@ -66,7 +60,6 @@ class Config(Settings):
     num_envs: Count = 20
     steps_per_iteration: Count = 2
     updates_per_iteration: Count = 2
-    """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
 
@@ -92,7 +85,7 @@ class Config(Settings):
     activation: Literal["gelu", "relu"] = "gelu"
     """non-linearity of all hidden layers"""
     policy_delay: Count = 2
-    """critic updates per update of the actor, the temperature and the targets"""
+    """critic updates per update of the actor, the temperature and the targets; divides updates_per_iteration"""
     expected_value_substitution: bool = True
     """first refinement: the mean's target takes the successor's mean, not a sample"""
     num_critics: Count = 2
@@ -110,40 +103,16 @@ class Config(Settings):
     repository_loss: bool = False
     """the loss of the authors' DSAC-v2 code instead of the paper's"""
     risk: str = "neutral"
-    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
-    mean-variance:WEIGHT"""
+    """the actor's aim: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
-# Pendulum's sizes are ours, for a CPU.
-PRESETS = {
-    "Pendulum-v1": {
-        "num_envs": 1, "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-        "activation": "relu", "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3,
-        "temperature_learning_rate": 1e-3,
-    },
-}  # fmt: skip
+PRESETS = {"Pendulum-v1": soft.PENDULUM | {"num_envs": 1, "activation": "relu"}}
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
 
 
-class Actor(nn.Module):
-    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
-
-    hidden: tuple[int, ...]
-    action_size: int
-    activation: str = "gelu"
-
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        activation = getattr(nn, self.activation)
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), activation, name="mlp")(observation)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, -20, 0.5)
-
-
 class Critic(nn.Module):
-    """Means and standard deviations of the soft return, `[batch, observation]`, `[batch, actions]` ->
-    two `[batch, critics]`."""
+    """Means and deviations of the soft return, `[batch, observation]`, `[batch, actions]` -> two `[batch, critics]`."""
 
     hidden: tuple[int, ...]
     num_critics: int
@@ -151,9 +120,8 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, observation: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inputs = jnp.concatenate([observation, action], axis=-1)
-        activation = getattr(nn, self.activation)
-        outputs = networks.EnsembleMLP(self.num_critics, (*self.hidden, 2), activation, name="mlp")(inputs)
+        mlp = networks.EnsembleMLP(self.num_critics, (*self.hidden, 2), getattr(nn, self.activation), name="mlp")
+        outputs = mlp(jnp.concatenate([observation, action], axis=-1))
         return outputs[..., 0], nn.softplus(outputs[..., 1])
 
 
@@ -168,8 +136,7 @@ class Learner(NamedTuple):
     target_actor: chex.ArrayTree
     target_critic: chex.ArrayTree
     log_temperature: Trained
-    running_std: jax.Array
-    """m, `[critics]`; 0 before the first update"""
+    running_std: jax.Array  # m, `[critics]`; 0 before the first update
 
 
 class State(NamedTuple):
@@ -193,6 +160,8 @@ def target_returns(
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """y_q and y_z, `[batch]` each, from the target critics' means and samples, `[batch, critics]`."""
+    chex.assert_equal_shape([next_mean, next_sample])
+    chex.assert_shape([batch.reward, batch.discount, next_log_density], next_mean.shape[:1])
     mean_target, std_target = (  # by the mean, also for the sample: both are of the same critic
         batch.reward + batch.discount * (of_lowest(next_mean, x) - temperature * next_log_density)
         for x in (next_mean, next_sample)
@@ -202,6 +171,7 @@ def target_returns(
 
 def running_average(config: Config, running_std: jax.Array, std: jax.Array) -> jax.Array:
     """m after a batch of standard deviations `[batch, critics]`, a constant: `[critics]`."""
+    chex.assert_shape(std, (None, *running_std.shape))
     now = jax.lax.stop_gradient(std).mean(0)
     return jnp.where(running_std == 0, now, running_std + config.running_rate * (now - running_std))
 
@@ -209,10 +179,10 @@ def running_average(config: Config, running_std: jax.Array, std: jax.Array) -> j
 def critic_loss(
     config: Config, mean: jax.Array, std: jax.Array, targets: tuple[jax.Array, jax.Array], running_std: jax.Array
 ) -> jax.Array:
-    """Function of `[batch, critics]` means and deviations with the gradients above; mean over batch, sum over critics.
-
-    targets: y_q and y_z; running_std: m with the present batch in it, `[critics]`.
-    """
+    """Function of mean and std `[batch, critics]` with the gradients above, summed over critics and averaged over rows;
+    targets: y_q and y_z, `[batch]`; running_std: m with the present batch in it, `[critics]`."""
+    chex.assert_rank([*targets, running_std], 1)
+    chex.assert_shape([mean, std], (len(targets[0]), len(running_std)))
     mean_target, std_target = (target[:, None] for target in targets)
     bound, scale = config.target_bound, 1.0
     if config.variance_scaling:
@@ -229,7 +199,9 @@ def critic_loss(
 
 
 def actor_loss(values: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Soft value to be maximised, from the critics' `[batch, critics]` values."""
+    """Soft value to be maximised, by the smallest of the critics' `[batch, critics]`; log_density: `[batch]`."""
+    chex.assert_rank(values, 2)
+    chex.assert_shape(log_density, values.shape[:1])
     return (temperature * log_density - values.min(-1)).mean()
 
 
@@ -241,13 +213,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
     action_size = continuous_action_size(env, env_params)
     config.check()
     clock = config.clock()
-    require(config.activation in ("gelu", "relu"), f"--activation is {config.activation!r}; it must be gelu or relu")
     check_policy_delay(config)
-    require(
-        config.variance_scaling or not config.repository_loss,
-        "--repository-loss is True; it needs --variance-scaling, which is part of it",
-    )
-    actor = Actor(config.actor_hidden, action_size, config.activation)
+    fits = config.variance_scaling or not config.repository_loss
+    require(fits, "--repository-loss is True; it needs --variance-scaling, which is part of it")
+    actor = soft.Actor(config.actor_hidden, action_size, config.activation, log_std_bounds=(-20, 0.5))
+    policy = soft.policy_of(actor)
     critic = Critic(config.critic_hidden, config.num_critics, config.activation)
     risk = risks.parse(config.risk)
     actor_adam = optax.adam(config.actor_learning_rate)
@@ -255,53 +225,52 @@ def make_agent(config: Config, env, env_params) -> Agent:
     temperature_adam = optax.adam(config.temperature_learning_rate)
     target_entropy = config.target_entropy_per_action * action_size
 
-    def sample_action(actor_parameters, observation, key):
-        return policies.squashed_gaussian(key, *actor.apply(actor_parameters, observation))
-
     def update_critic(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critics, and of the running mean of their deviations."""
         next_action_key, noise_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
-        next_action, next_log_density = sample_action(learner.target_actor, batch.next_observation, next_action_key)
+
+        # Targets (refinements 1, 2): soft mean and a drawn soft return of the target policy's next action.
+        next_action, next_log_density = actor.sample(learner.target_actor, batch.next_observation, next_action_key)
         next_mean, next_std = critic.apply(learner.target_critic, batch.next_observation, next_action)
         next_sample = next_mean + next_std * jnp.clip(jax.random.normal(noise_key, next_mean.shape), -3, 3)
         targets = target_returns(config, batch, next_mean, next_sample, next_log_density, temperature)
 
+        # Critics (refinement 3): raise the likelihood of the targets, bounded and scaled by the running deviation.
         def critic_objective(parameters):
             mean, std = critic.apply(parameters, batch.observation, batch.action)
             running_std = running_average(config, learner.running_std, std)
             return critic_loss(config, mean, std, targets, running_std), (mean, std, running_std)
 
-        new_critic, (_, (mean, std, running_std), critic_gradient_norm) = descend(
-            critic_adam, learner.critic, critic_objective
-        )
+        new_critic, (_, (mean, std, running_std), norm) = descend(critic_adam, learner.critic, critic_objective)
         metrics = {
             "critic_loss": gaussian.negative_log_likelihood(mean, std, targets[1][:, None]).mean(),
             "value": mean.mean(), "std": std.mean(), "running_std": running_std.mean(), "target": targets[0].mean(),
-            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(), "critic_gradient_norm": norm,
         }  # fmt: skip
-        learner = learner._replace(critic=new_critic, running_std=running_std)
-        return learner, metrics
+        return learner._replace(critic=new_critic, running_std=running_std), metrics
 
     def update_actor(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of actor and temperature, and one step of all targets towards their online networks."""
         temperature = jnp.exp(learner.log_temperature.parameters)
 
+        # Actor: climb the critics just updated, through actions of its own.
         def actor_objective(parameters):
-            action, log_density = sample_action(parameters, batch.observation, key)
+            action, log_density = actor.sample(parameters, batch.observation, key)
             values = gaussian.value(risk, *critic.apply(learner.critic.parameters, batch.observation, action))
             return actor_loss(values, log_density, temperature), log_density
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
+        # Temperature: steer the policy's entropy to its target.
         new_log_temperature = soft.steer(temperature_adam, learner.log_temperature, log_density, target_entropy)
+
+        # Targets: follow actor and critics slowly.
         learner = learner._replace(
-            actor=new_actor,
-            log_temperature=new_log_temperature,
+            actor=new_actor, log_temperature=new_log_temperature,
             target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
             target_critic=networks.polyak(learner.target_critic, learner.critic.parameters, config.polyak),
-        )
+        )  # fmt: skip
         return learner, {"actor_loss": actor_value, "temperature": temperature, "entropy": -log_density.mean()}
 
     def init(key: jax.Array) -> State:
@@ -311,9 +280,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         critic_parameters = critic.init(critic_key, observation, action)
         log_temperature = soft.log_temperature(config)
         learner = Learner(
-            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters),
-            actor_parameters, critic_parameters, begin(temperature_adam, log_temperature),
-            jnp.zeros(config.num_critics),
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters), actor_parameters,
+            critic_parameters, begin(temperature_adam, log_temperature), jnp.zeros(config.num_critics),
         )  # fmt: skip
         filled = experience.warm_up(env, env_params, warmup_key, config, normalize=config.normalize_observations)
         return State(learner, filled, key)
@@ -321,7 +289,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
     def step(state: State) -> tuple[State, dict[str, Average]]:
         def interact(state, _):
             key, act_key, step_key = jax.random.split(state.key, 3)
-            action, _ = target_policy(state, state.experience.interaction.observation, act_key)
+            action, _ = policy.follow(state, state.experience.interaction.observation, act_key)
             lived, _, episodes = experience.collect(env, env_params, state.experience, action, step_key)
             return state._replace(key=key, experience=lived), episodes
 
@@ -333,38 +301,22 @@ def make_agent(config: Config, env, env_params) -> Agent:
             )
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, turn: update_critic(learner, turn[0], jax.random.fold_in(critic_key, turn[1])),
-                state.learner,
-                (batches, jnp.arange(config.policy_delay)),
-            )
+                state.learner, (batches, jnp.arange(config.policy_delay)),
+            )  # fmt: skip
             learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches), actor_key)
-            losses = jax.tree.map(average, critic_metrics | actor_metrics)
-            return state._replace(key=key, learner=learner), losses
+            return state._replace(key=key, learner=learner), jax.tree.map(average, critic_metrics | actor_metrics)
 
         state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
-        rounds = config.updates_per_iteration // config.policy_delay
-        state, losses = jax.lax.scan(learn, state, length=rounds)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration // config.policy_delay)
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
-
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
-        return policies.squashed_mode(mean)
-
-    def target_policy(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        observation = normalize(state.experience.normalizer, observation)
-        action, log_density = sample_action(state.learner.actor.parameters, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature.parameters) * log_density
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         observation = normalize(state.experience.normalizer, observation)
         mean, std = critic.apply(state.learner.critic.parameters, observation, action)
         return gaussian.law(of_lowest(mean, mean), of_lowest(mean, std))
 
-    def export(state: State) -> dict[str, jax.Array]:
-        layers = state.learner.actor.parameters["params"]["mlp"]["layers"]
-        return portable.mlp_policy(layers, action_size, state.experience.normalizer, activation=config.activation)
-
-    claim = Claim(target_policy, predict, config.discount)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    claim = Claim(policy.follow, predict, config.discount)
+    return Agent(init, step, memoryless(policy.act), clock, claim, policy.export)
 
 
 if __name__ == "__main__":

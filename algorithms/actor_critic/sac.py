@@ -126,17 +126,29 @@ class State(NamedTuple):
 def target_value(
     batch: Batch, next_values: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-    """Reward plus the successor's discounted soft value, the smallest of the critics' `[batch, critics]`: `[batch]`."""
+    """Reward plus the successor's discounted soft value, the smallest of the critics' `[batch, critics]`: `[batch]`.
+
+    next_log_density: `[batch]`, of the action there.
+    """
+    chex.assert_rank(next_values, 2)
+    chex.assert_shape([batch.reward, batch.discount, next_log_density], next_values.shape[:1])
     return batch.reward + batch.discount * (next_values.min(-1) - temperature * next_log_density)
 
 
 def critic_loss(values: jax.Array, target: jax.Array) -> jax.Array:
-    """Squared error of `[batch, critics]` values on `[batch]` targets, mean over the batch, sum over critics."""
+    """Squared error of `[batch, critics]` values on `[batch]` targets, mean over the batch, sum over critics.
+
+    The authors' code takes half of it.
+    """
+    chex.assert_rank(values, 2)
+    chex.assert_shape(target, values.shape[:1])
     return ((values - target[:, None]) ** 2).mean(0).sum()
 
 
 def actor_loss(values: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Soft value to be maximised, with the smallest of the critics' values `[batch, critics]`."""
+    """Soft value to be maximised, by the smallest of the critics' `[batch, critics]`; log_density: `[batch]`."""
+    chex.assert_rank(values, 2)
+    chex.assert_shape(log_density, values.shape[:1])
     return (temperature * log_density - values.min(-1)).mean()
 
 
@@ -161,18 +173,19 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_action_key, action_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
 
+        # Target: soft values of the policy's next action, by the target critics.
         next_action, next_log_density = actor.sample(learner.actor.parameters, batch.next_observation, next_action_key)
         next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
         target = target_value(batch, next_values, next_log_density, temperature)
 
+        # Critics: regress on the target.
         def critic_objective(parameters):
             values = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(values, target), values
 
-        new_critic, (critic_value, values, critic_gradient_norm) = descend(
-            critic_adam, learner.critic, critic_objective
-        )
+        new_critic, (critic_value, values, norm) = descend(critic_adam, learner.critic, critic_objective)
 
+        # Actor: climb the critics just updated, through actions of its own.
         def actor_objective(parameters):
             action, log_density = actor.sample(parameters, batch.observation, action_key)
             values = critic.apply(new_critic.parameters, batch.observation, action)
@@ -180,17 +193,18 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
+        # Temperature: steer the policy's entropy to its target (eq. 18 in log form).
         new_log_temperature = soft.steer(temperature_adam, learner.log_temperature, log_density, target_entropy)
 
+        # Target critics: follow the critics slowly.
         target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
             "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": values.mean(), "target": target.mean(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "critic_gradient_norm": norm,
         }  # fmt: skip
-        learner = Learner(new_actor, new_critic, target_critic, new_log_temperature)
-        return learner, jax.tree.map(average, metrics)
+        return Learner(new_actor, new_critic, target_critic, new_log_temperature), jax.tree.map(average, metrics)
 
     def init(key: jax.Array) -> State:
         key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)

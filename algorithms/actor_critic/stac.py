@@ -4,10 +4,9 @@ Paper: "Stochastic Actor-Critic: Mitigating Overestimation via Temporal Aleatori
 arXiv 2601.00737.
 
 Twin critics curb over-estimation by their disagreement, which costs a second network and says nothing of chance. STAC
-has one critic, a Gaussian over the *one-step target*: its deviation is what reward, successor and the policy's own
-sampling make uncertain from one moment to the next, not the spread of the whole return, since targets bootstrap from
-the mean. Targets and actor subtract beta times this deviation. Dropout and layer normalisation keep the one critic from
-fitting its targets too closely.
+has one critic, a Gaussian over the *one-step target*: its deviation is what reward, successor and the policy's sampling
+make uncertain from one moment to the next, not the spread of the whole return, since targets bootstrap from the mean.
+Targets and actor subtract beta times this deviation. Dropout and layer normalisation keep the critic from over-fitting.
 
     target        y = r + gamma (1 - terminated) (mu_target(s', a') - beta sigma_target(s', a') - alpha log pi(a'|s')),
                   with a' ~ pi(.|s')
@@ -17,12 +16,11 @@ fitting its targets too closely.
     target        psi_target <- psi_target + polyak (psi - psi_target)
 
 Dropout is active, with fresh masks, in every pass of an update, that of the target critic included, and in acting while
-training; off in evaluation. The law that `predict` reports is the critic's Gaussian; it is narrower than the return's,
-and its mean is below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
+training; off in evaluation. The law that `predict` reports is the critic's Gaussian: narrower than the return's, with a
+mean below the return's by the pessimism of all later steps. There is no `--risk`: beta is the paper's.
 
-Differences from the paper: the target entropy is that of its logs, -1 per action component (its table says half or
-less of that); evaluation takes the mode of the policy (its code averages ten samples); the warm-up's actions are
-uniform (its code: tanh of normal draws).
+Differences from the paper: the target entropy is that of its logs, -1 per action component (its table: half or less);
+evaluation takes the policy's mode (its code: the mean of ten draws); the warm-up is uniform (its code: tanh of normal).
 
 Run:      python algorithms/actor_critic/stac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps (without dropout while acting): experiments/learning_curves.
@@ -49,9 +47,6 @@ from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
-
-
-DropoutRate = Annotated[float, Bounds(0, 0.9)]
 
 
 @configuration
@@ -82,34 +77,27 @@ class Config(Settings):
     """widths of the critic's hidden layers"""
     pessimism: NonNegative = 0.25
     """beta, standard deviations subtracted from the mean; 0 is indifferent to chance"""
-    actor_dropout: DropoutRate = 0.01
+    actor_dropout: Annotated[float, Bounds(0, 0.9)] = 0.01
     """probability that a hidden unit of the actor is dropped"""
-    critic_dropout: DropoutRate = 0.01
+    critic_dropout: Annotated[float, Bounds(0, 0.9)] = 0.01
     """probability that a hidden unit of the critic is dropped"""
 
 
-# beta and dropout are the paper's per environment; Pendulum's sizes are ours, for a CPU.
+# beta and dropout are the paper's per environment.
 PRESETS = {
-    "Pendulum-v1": {
-        "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
-        "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
-        "pessimism": 0.125,
-    },
+    "Pendulum-v1": soft.PENDULUM | {"pessimism": 0.125},
     "brax/hopper": {"pessimism": 0.5},
     "brax/halfcheetah": {"pessimism": 0.0, "actor_dropout": 0.0, "critic_dropout": 0.0},
     "brax/walker2d": {"pessimism": 0.125, "critic_dropout": 0.0},
     "brax/ant": {"pessimism": 0.25},
     "brax/humanoid": {"pessimism": 0.25, "critic_dropout": 0.0},
-}  # fmt: skip
+}
 
 # -- Networks ---------------------------------------------------------------------------------------------------------
 
 
 class DropoutMLP(nn.Module):
-    """Perceptron `[batch, inputs]` -> `[batch, features[-1]]`; hidden layers are linear, dropout, layer norm, relu.
-
-    `dropout` is the probability of a unit to be dropped, None to drop nothing; masks come from the stream "dropout".
-    """
+    """Perceptron `[batch, inputs]` -> `[batch, features[-1]]`: linear, dropout, layer norm, relu; at the end linear."""
 
     features: tuple[int, ...]
 
@@ -117,7 +105,7 @@ class DropoutMLP(nn.Module):
     def __call__(self, inputs: jax.Array, dropout: jax.Array | None) -> jax.Array:
         for index, width in enumerate(self.features[:-1]):
             inputs = networks.MLP((width,), name=f"layer_{index}")(inputs)
-            if dropout is not None:  # flax's own layer needs a rate known at compile time
+            if dropout is not None:  # the probability of a unit to be dropped, which flax's own layer wants static
                 kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - dropout, inputs.shape)
                 inputs = jnp.where(kept, inputs / (1 - dropout), 0)
             inputs = nn.relu(nn.LayerNorm(epsilon=1e-5, name=f"norm_{index}")(inputs))
@@ -181,21 +169,27 @@ class State(NamedTuple):
 
 def pessimistic(config: Config, mean: jax.Array, std: jax.Array) -> jax.Array:
     """mu - beta sigma, what targets and actor go by, `[batch]`."""
+    chex.assert_equal_shape([mean, std])
     return mean - config.pessimism * std
 
 
 def target_value(batch: Batch, next_value: jax.Array, next_log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Reward plus the successor's discounted soft and pessimistic value, `[batch]`."""
+    """Reward plus the successor's discounted soft and pessimistic value, all `[batch]`, or one value for all."""
+    chex.assert_shape([batch.reward, batch.discount, next_log_density], (len(batch.reward),))
+    chex.assert_is_broadcastable(next_value.shape, batch.reward.shape)
     return batch.reward + batch.discount * (next_value - temperature * next_log_density)
 
 
 def critic_loss(mean: jax.Array, std: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood of `[batch]` targets: neither clipped nor bounded."""
+    """Mean of the plain negative log-likelihood of `[batch]` targets; mean and std: `[batch]`, or the same for all."""
+    chex.assert_equal_shape([mean, std])
+    chex.assert_is_broadcastable(mean.shape, (len(target),))
     return gaussian.negative_log_likelihood(mean, std, target).mean()
 
 
 def actor_loss(value: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Soft value to be maximised, from `[batch]` pessimistic values."""
+    """Soft value to be maximised, by pessimistic values `[batch]`; log_density: `[batch]`."""
+    chex.assert_shape([value, log_density], (len(value),))
     return (temperature * log_density - value).mean()
 
 
@@ -203,6 +197,7 @@ def next_log_temperature(
     config: Config, log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array
 ) -> jax.Array:
     """One step of gradient descent in log alpha on alpha (H - target entropy): a factor on alpha, so never negative."""
+    chex.assert_rank(log_density, 1)
     shortfall = target_entropy + log_density.mean()
     return log_temperature + config.temperature_learning_rate * jnp.exp(log_temperature) * shortfall
 
@@ -231,39 +226,40 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, Average]]:
         """One gradient step of critic, actor and temperature, and one of the target critic towards the critic."""
-        next_action_key, next_dropout_key, critic_key, action_key, actor_key = jax.random.split(key, 5)
+        next_action_key, next_key, critic_key, action_key, actor_key = jax.random.split(key, 5)
         temperature = jnp.exp(learner.log_temperature)
 
+        # Target: pessimistic soft value of the policy's next action, by the target critic.
         next_action, next_log_density = sample_action(learner.actor.parameters, batch.next_observation, next_action_key)
-        next_mean, next_std = moments(learner.target_critic, batch.next_observation, next_action, next_dropout_key)
-        next_value = pessimistic(config, next_mean, next_std)
+        next_value = pessimistic(config, *moments(learner.target_critic, batch.next_observation, next_action, next_key))
         target = target_value(batch, next_value, next_log_density, temperature)
 
+        # Critic: raise the likelihood of the target.
         def critic_objective(parameters):
             mean, std = moments(parameters, batch.observation, batch.action, critic_key)
             return critic_loss(mean, std, target), (mean, std)
 
-        new_critic, (critic_value, (mean, std), critic_gradient_norm) = descend(
-            critic_adam, learner.critic, critic_objective
-        )
+        new_critic, (critic_value, (mean, std), norm) = descend(critic_adam, learner.critic, critic_objective)
 
+        # Actor: climb the critic just updated, pessimistically, through actions of its own.
         def actor_objective(parameters):
             action, log_density = sample_action(parameters, batch.observation, action_key)
             value = pessimistic(config, *moments(new_critic.parameters, batch.observation, action, actor_key))
             return actor_loss(value, log_density, temperature), log_density
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
+
+        # Temperature: steer the policy's entropy to its target, without Adam, as in the author's code.
         log_temperature = next_log_temperature(config, learner.log_temperature, log_density, target_entropy)
 
+        # Target critic: follow the critic slowly.
         target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
-            "largest_bonus": jnp.abs(temperature * next_log_density).max(),
+            "largest_bonus": jnp.abs(temperature * next_log_density).max(), "critic_gradient_norm": norm,
             "entropy": -log_density.mean(), "value": mean.mean(), "std": std.mean(), "target": target.mean(),
-            "critic_gradient_norm": critic_gradient_norm,
         }  # fmt: skip
-        learner = Learner(new_actor, new_critic, target_critic, log_temperature)
-        return learner, jax.tree.map(average, metrics)
+        return Learner(new_actor, new_critic, target_critic, log_temperature), jax.tree.map(average, metrics)
 
     def init(key: jax.Array) -> State:
         key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)
@@ -274,11 +270,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         last["bias_0"] = last["bias_0"].at[0, 1].set(0)  # the deviation's
         log_temperature = soft.log_temperature(config)
         learner = Learner(
-            begin(actor_adam, actor_parameters),
-            begin(critic_adam, critic_parameters),
-            critic_parameters,
+            begin(actor_adam, actor_parameters), begin(critic_adam, critic_parameters), critic_parameters,
             log_temperature,
-        )
+        )  # fmt: skip
         filled = experience.warm_up(env, env_params, warmup_key, config, normalize=config.normalize_observations)
         return State(learner, filled, key)
 

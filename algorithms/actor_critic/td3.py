@@ -53,7 +53,6 @@ class Config(Settings):
 
     steps_per_iteration: Count = 2
     updates_per_iteration: Count = 2
-    """critic updates per round, a multiple of policy_delay; updates / (num_envs * steps) is the update-to-data ratio"""
     warmup_steps: Count = 25_000
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
@@ -76,7 +75,7 @@ class Config(Settings):
     num_critics: Count = 2
     """number of critics whose minimum is taken"""
     policy_delay: Count = 2
-    """critic updates per update of the actor and of the targets"""
+    """critic updates per update of the actor and of the targets; divides updates_per_iteration"""
     target_noise: NonNegative = 0.2
     """standard deviation of the noise on the target action"""
     target_noise_clip: NonNegative = 0.5
@@ -146,6 +145,8 @@ class State(NamedTuple):
 
 def smoothed_action(config: Config, action: jax.Array, noise: jax.Array) -> jax.Array:
     """The target action blurred by scaled and clipped N(0, 1) noise, both `[batch, actions]`; within [-1, 1]."""
+    chex.assert_rank(action, 2)
+    chex.assert_equal_shape([action, noise])
     return jnp.clip(
         action + jnp.clip(config.target_noise * noise, -config.target_noise_clip, config.target_noise_clip), -1, 1
     )
@@ -153,16 +154,21 @@ def smoothed_action(config: Config, action: jax.Array, noise: jax.Array) -> jax.
 
 def target_value(batch: Batch, next_values: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted value, the smallest of the critics' `[batch, critics]`: `[batch]`."""
+    chex.assert_rank(next_values, 2)
+    chex.assert_shape([batch.reward, batch.discount], next_values.shape[:1])
     return batch.reward + batch.discount * next_values.min(-1)
 
 
 def critic_loss(values: jax.Array, target: jax.Array) -> jax.Array:
     """Squared error of `[batch, critics]` values on `[batch]` targets, mean over the batch, sum over critics."""
+    chex.assert_rank(values, 2)
+    chex.assert_shape(target, values.shape[:1])
     return ((values - target[:, None]) ** 2).mean(0).sum()
 
 
 def actor_loss(values: jax.Array) -> jax.Array:
     """Value to be maximised, the *first* critic's of `[batch, critics]`."""
+    chex.assert_rank(values, 2)
     return -values[:, 0].mean()
 
 
@@ -182,31 +188,34 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update_critic(learner: Learner, batch: Batch, noise: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the critics."""
+        # Target: clipped double Q, the smallest of the target critics' values, of the smoothed target action.
         next_action = smoothed_action(config, actor.apply(learner.target_actor, batch.next_observation), noise)
         next_values = critic.apply(learner.target_critic, batch.next_observation, next_action)
         target = target_value(batch, next_values)
 
+        # Critics: regress on the target.
         def critic_objective(parameters):
             values = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(values, target), values
 
-        new_critic, (critic_value, values, critic_gradient_norm) = descend(
-            critic_adam, learner.critic, critic_objective
-        )
+        new_critic, (critic_value, values, norm) = descend(critic_adam, learner.critic, critic_objective)
         metrics = {
             "critic_loss": critic_value, "value": values.mean(), "target": target.mean(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "critic_gradient_norm": norm,
         }  # fmt: skip
         return learner._replace(critic=new_critic), metrics
 
     def update_actor(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step of the actor, and one step of all targets towards their online networks."""
 
+        # Actor: climb the first of the critics just updated.
         def actor_objective(parameters):
             action = actor.apply(parameters, batch.observation)
             return actor_loss(critic.apply(learner.critic.parameters, batch.observation, action)), action
 
         new_actor, (actor_value, action, _) = descend(actor_adam, learner.actor, actor_objective)
+
+        # Targets: follow actor and critics slowly.
         learner = learner._replace(
             actor=new_actor,
             target_actor=networks.polyak(learner.target_actor, new_actor.parameters, config.polyak),
@@ -242,16 +251,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
             noise = jax.random.normal(noise_key, batches.action.shape)
             learner, critic_metrics = jax.lax.scan(
                 lambda learner, batch_and_noise: update_critic(learner, *batch_and_noise),
-                state.learner,
-                (batches, noise),
-            )
+                state.learner, (batches, noise),
+            )  # fmt: skip
             learner, actor_metrics = update_actor(learner, jax.tree.map(lambda x: x[-1], batches))
-            losses = jax.tree.map(average, critic_metrics | actor_metrics)
-            return state._replace(key=key, learner=learner), losses
+            return state._replace(key=key, learner=learner), jax.tree.map(average, critic_metrics | actor_metrics)
 
         state, episodes = jax.lax.scan(interact, state, length=config.steps_per_iteration)
-        rounds = config.updates_per_iteration // config.policy_delay
-        state, losses = jax.lax.scan(learn, state, length=rounds)
+        state, losses = jax.lax.scan(learn, state, length=config.updates_per_iteration // config.policy_delay)
         return state, jax.tree.map(lambda x: x.sum(0), episodes | losses)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:

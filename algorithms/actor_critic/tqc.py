@@ -85,8 +85,7 @@ class Config(Settings):
     kappa: NonNegative = 1.0
     """threshold of the quantile Huber loss; 0 is plain quantile regression"""
     risk: str = "neutral"
-    """what the actor maximises: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or
-    mean-variance:WEIGHT"""
+    """the actor's aim: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL, norm:NUMBER or mean-variance:WEIGHT"""
 
 
 # d is the paper's (its table 1) per environment.
@@ -141,19 +140,34 @@ class State(NamedTuple):
 def target_atoms(
     config: Config, batch: Batch, next_atoms: jax.Array, next_log_density: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-    """Truncated mixture of the successors' soft returns, `[batch, critics * (quantiles - dropped)]`."""
+    """Truncated mixture of the successor's soft returns, `[batch, critics * (quantiles - dropped)]`.
+
+    next_atoms: `[batch, critics, quantiles]`; next_log_density: `[batch]`, of the action there.
+    """
+    chex.assert_rank(next_atoms, 3)
+    chex.assert_shape([batch.reward, batch.discount, next_log_density], next_atoms.shape[:1])
     kept = quantile.truncate_pooled(next_atoms, config.quantiles_dropped)
     return batch.reward[:, None] + batch.discount[:, None] * (kept - temperature * next_log_density[:, None])
 
 
 def critic_loss(config: Config, atoms: jax.Array, target: jax.Array) -> jax.Array:
-    """Quantile Huber loss of `[batch, critics, quantiles]` atoms on `[batch, targets]`, mean over every axis."""
+    """Quantile Huber loss of `[batch, critics, quantiles]` atoms on `[batch, targets]`, mean over every axis.
+
+    As in the PyTorch code; in the TensorFlow code every critic has a mean of its own.
+    """
+    chex.assert_rank(target, 2)
+    chex.assert_shape(atoms, (len(target), None, config.num_quantiles))
     fractions = quantile.midpoints(config.num_quantiles)
     return quantile.quantile_huber_loss(atoms, target, fractions, kappa=config.kappa, over_predicted="mean").mean()
 
 
 def actor_loss(risk: Risk, atoms: jax.Array, log_density: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Soft value to be maximised: the mean, or `risk`, of *all* atoms `[batch, critics, quantiles]` pooled."""
+    """Soft value to be maximised: the mean, or `risk`, of *all* atoms `[batch, critics, quantiles]` pooled.
+
+    log_density: `[batch]`. The TensorFlow code can truncate here, too (`p_opt_crop`, off).
+    """
+    chex.assert_rank(atoms, 3)
+    chex.assert_shape(log_density, atoms.shape[:1])
     values = risks.value_of_atoms(risk, atoms.reshape(atoms.shape[0], -1))
     return (temperature * log_density - values).mean()
 
@@ -184,16 +198,19 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_action_key, action_key = jax.random.split(key)
         temperature = jnp.exp(learner.log_temperature.parameters)
 
+        # Target: soft returns of the policy's next action, by the target critics, without the largest atoms.
         next_action, next_log_density = actor.sample(learner.actor.parameters, batch.next_observation, next_action_key)
         next_atoms = critic.apply(learner.target_critic, batch.next_observation, next_action)
         target = target_atoms(config, batch, next_atoms, next_log_density, temperature)
 
+        # Critics: regress on the target.
         def critic_objective(parameters):
             atoms = critic.apply(parameters, batch.observation, batch.action)
             return critic_loss(config, atoms, target), atoms
 
-        new_critic, (critic_value, atoms, critic_gradient_norm) = descend(critic_adam, learner.critic, critic_objective)
+        new_critic, (critic_value, atoms, norm) = descend(critic_adam, learner.critic, critic_objective)
 
+        # Actor: climb the critics just updated, through actions of its own.
         def actor_objective(parameters):
             action, log_density = actor.sample(parameters, batch.observation, action_key)
             atoms = critic.apply(new_critic.parameters, batch.observation, action)
@@ -201,18 +218,19 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         new_actor, (actor_value, log_density, _) = descend(actor_adam, learner.actor, actor_objective)
 
+        # Temperature: steer the policy's entropy to its target.
         new_log_temperature = soft.steer(temperature_adam, learner.log_temperature, log_density, target_entropy)
 
+        # Target critics: follow the critics slowly.
         target_critic = networks.polyak(learner.target_critic, new_critic.parameters, config.polyak)
         metrics = {
             "critic_loss": critic_value, "actor_loss": actor_value, "temperature": temperature,
             "largest_bonus": jnp.abs(temperature * next_log_density).max(),
             "entropy": -log_density.mean(), "value": atoms.mean(), "target": target.mean(),
             "truncation": next_atoms.mean() - quantile.truncate_pooled(next_atoms, config.quantiles_dropped).mean(),
-            "critic_gradient_norm": critic_gradient_norm,
+            "critic_gradient_norm": norm,
         }  # fmt: skip
-        learner = Learner(new_actor, new_critic, target_critic, new_log_temperature)
-        return learner, jax.tree.map(average, metrics)
+        return Learner(new_actor, new_critic, target_critic, new_log_temperature), jax.tree.map(average, metrics)
 
     def init(key: jax.Array) -> State:
         key, actor_key, critic_key, warmup_key = jax.random.split(key, 4)

@@ -111,11 +111,18 @@ class State(NamedTuple):
 
 def target_masses(batch: Batch, next_masses: jax.Array, support: jax.Array) -> jax.Array:
     """Law of reward + discount * Z for Z with the masses `[batch, atoms]`, projected onto the support `[atoms]`."""
+    rows, atoms = next_masses.shape
+    chex.assert_shape([batch.reward, batch.discount], (rows,))
+    chex.assert_shape(support, (atoms,))
+    # The Cramer projection (arXiv 1802.08163). With discount 0, after a termination, all mass is at the reward.
     return categorical.project_return(batch.reward, batch.discount, next_masses, support)
 
 
 def loss_of(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Mean cross-entropy of the laws of the actions taken to their targets, both `[batch, atoms]`."""
+    chex.assert_rank(logits, 2)
+    chex.assert_equal_shape([logits, target])
+    # The KL divergence is less by the entropy of the target: a constant, so that the gradient is the same.
     return categorical.cross_entropy(target, logits).mean()
 
 
@@ -134,20 +141,26 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Target: the law of the successor's greedy action, both by the target network, moved and projected.
         next_laws = jax.nn.softmax(network.apply(learner.target_network, batch.next_observation))
         next_action = risks.value(risk, Law(support, next_laws), ascending=True).argmax(-1)
         next_masses = networks.at_action(next_laws, next_action)
         target = target_masses(batch, next_masses, support)
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             logits = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(logits, target), (jax.nn.softmax(logits) * support).sum(-1)
 
         new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": (target * support).sum(-1).mean(),
             "clipped_mass": categorical.clipped_mass(batch.reward, batch.discount, next_masses, support).mean(),

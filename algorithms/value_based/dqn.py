@@ -119,14 +119,20 @@ def target_value(batch: Batch, next_values: jax.Array, choosing_values: jax.Arra
     Both `[batch, actions]`: the target network's values, and those that choose (its own, or for double Q-learning the
     online network's).
     """
+    chex.assert_rank(next_values, 2)
+    chex.assert_equal_shape([next_values, choosing_values])
+    chex.assert_shape([batch.reward, batch.discount], (len(next_values),))
     return batch.reward + batch.discount * networks.at_action(next_values, choosing_values.argmax(-1))
 
 
 def loss_of(values: jax.Array, target: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """Mean Huber loss of the values of the actions taken, both `[batch]`; with threshold 0 half the squared error."""
+    chex.assert_rank(values, 1)
+    chex.assert_equal_shape([values, target])
     bound = jnp.where(threshold > 0, threshold, jnp.inf)
     error = values - jax.lax.stop_gradient(target)
-    # Not by `optax.huber_loss`: its derivative is a difference of thresholds, which a wide one rounds away.
+    # The gradient is the clipped error, the paper's. Not by `optax.huber_loss`: its derivative is a difference of
+    # thresholds, which a wide one rounds away.
     clipped = jnp.clip(error, -bound, bound)
     return (clipped * (error - clipped / 2)).mean()
 
@@ -144,21 +150,28 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Target: the value of the successor's greedy action by the target network. With `double` the online network has
+        # chosen, so that the error that makes it look best is not in its value (arXiv 1509.06461).
         next_values = network.apply(learner.target_network, batch.next_observation)
         choosing_values = (
             network.apply(learner.network.parameters, batch.next_observation) if config.double else next_values
         )
         target = target_value(batch, next_values, choosing_values)
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             values = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(values, target, config.huber_threshold), values
 
         new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": gradient_norm,
         }  # fmt: skip

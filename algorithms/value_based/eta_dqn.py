@@ -159,6 +159,9 @@ def with_stock(batch: Batch, stock: jax.Array) -> Batch:
 
     The stock after them follows from reward and discount of all their steps; after a termination it plays no part.
     """
+    chex.assert_rank([batch.observation, batch.next_observation], 2)
+    chex.assert_shape([stock, batch.reward, batch.discount], (len(batch.observation),))
+    # c' = (c + R) / gamma^n: the batch has the n-step return R, and gamma^n as its discount.
     after = (stock + batch.reward) / jnp.where(batch.discount > 0, batch.discount, 1)
     return batch._replace(
         observation=batch.observation.at[:, -1].set(stock),
@@ -168,12 +171,17 @@ def with_stock(batch: Batch, stock: jax.Array) -> Batch:
 
 def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted quantiles, `[batch, quantiles]` -> `[batch, quantiles]`."""
+    chex.assert_rank(next_quantiles, 2)
+    chex.assert_shape([batch.reward, batch.discount], (len(next_quantiles),))
     return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
 
 
 def loss_of(quantiles: jax.Array, target: jax.Array, kappa: float | jax.Array) -> jax.Array:
-    """Mean quantile Huber loss of the quantiles of the actions taken, both `[batch, quantiles]`."""
+    """Mean quantile Huber loss: quantiles of the actions taken, `[batch, quantiles]`, on `[batch, targets]`."""
+    chex.assert_rank([quantiles, target], 2)
+    chex.assert_equal_shape_prefix([quantiles, target], 1)
     fractions = quantile.midpoints(quantiles.shape[-1])
+    # QR-DQN's (arXiv 1710.10044): summed over i, averaged over j, divided by kappa.
     return quantile.quantile_huber_loss(quantiles, target, fractions, kappa=kappa, over_predicted="sum").mean()
 
 
@@ -215,20 +223,27 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Target: the law of the successor's greedy action, both by the target network, moved by reward and discount.
+        # Greedy is for the utility of c' + G, with the stock there; the target itself is of G alone.
         next_quantiles = network.apply(learner.target_network, batch.next_observation)
         next_stock = batch.next_observation[:, -1]
         next_action = stock_of.preferences(config.utility, next_stock, next_quantiles).argmax(-1)
         target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             quantiles = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(quantiles, target, config.kappa), quantiles
 
         new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": gradient_norm,
             "crossings": quantile.crossing_count(values).mean(),

@@ -137,13 +137,17 @@ class Staircase(NamedTuple):
 
 def staircase(logits: jax.Array) -> Staircase:
     """The fractions that a proposal `[batch, N]` stands for."""
+    chex.assert_rank(logits, 2)
     masses = jax.nn.softmax(logits)
-    upper = jnp.cumsum(masses, axis=-1)
+    upper = jnp.cumsum(masses, axis=-1)  # tau_i
+    # 0 and 1 are no edges: they do not move, and the quantile function may be infinite there.
     return Staircase(masses, upper - masses / 2, upper[:, :-1])
 
 
 def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted quantiles, `[batch, N]`, same shape."""
+    chex.assert_rank(next_quantiles, 2)
+    chex.assert_shape([batch.reward, batch.discount], (len(next_quantiles),))
     return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
 
 
@@ -154,6 +158,12 @@ def loss_of(
 
     Without masses the targets count equally.
     """
+    chex.assert_rank([quantiles, target], 2)
+    chex.assert_equal_shape([quantiles, fractions])
+    chex.assert_equal_shape_prefix([quantiles, target], 1)
+    if masses is not None:
+        chex.assert_equal_shape([target, masses])
+    # IQN's (arXiv 1806.06923) at the proposed fractions; the sum over i is not weighed by the masses of its steps.
     return quantile.quantile_huber_loss(
         quantiles, target, fractions, kappa=kappa, over_predicted="sum", target_masses=masses
     ).mean()
@@ -166,7 +176,12 @@ def fraction_loss(
 
     The quantile function's values at the middles `[batch, N]` and edges `[batch, N - 1]` are constants here.
     """
+    rows, count = steps.masses.shape
+    chex.assert_shape([steps.middles, at_middles], (rows, count))
+    chex.assert_shape([steps.edges, at_edges], (rows, count - 1))
+    # dW1 / dtau_i = 2 F(tau_i) - F(mid_i) - F(mid_{i+1}); times tau_i it is a loss with this gradient.
     slope = jax.lax.stop_gradient(2 * at_edges - at_middles[:, :-1] - at_middles[:, 1:])
+    # Of the masses; the official code's is one of the cumulated fractions.
     entropy = jax.scipy.special.entr(steps.masses).sum(-1)
     return (slope * steps.edges).sum(-1).mean() - entropy_weight * entropy.mean()
 
@@ -191,6 +206,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Target: the law of the successor's greedy action, both by the target network, moved by reward and discount.
+        # Its fractions are what that network proposes there, as in the official code.
         features = torso.apply(learner.target_network["torso"], batch.next_observation)
         next_steps = staircase(proposal.apply(learner.target_network["proposal"], features))
         next_quantiles = head.apply(learner.target_network["head"], features, next_steps.middles)
@@ -198,6 +215,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         target = target_quantiles(batch, networks.at_action(next_quantiles, next_action))
         target_masses = next_steps.masses if config.target_weights == "mass" else None
 
+        # Losses: one step of Adam on that of the quantiles, one of RMSProp on that of the fractions. The target is a
+        # constant, lest it move towards the prediction.
         def objective(parameters):
             """Both losses in one: the first reaches torso and head only, the second the proposal only."""
             features = torso.apply(parameters["torso"], batch.observation)
@@ -211,10 +230,14 @@ def make_agent(config: Config, env, env_params) -> Agent:
             return loss + fraction_loss(steps, quantiles, at_edges, config.entropy_weight), (loss, quantiles, steps)
 
         new_network, (_, (loss, values, steps), gradient_norm) = descend(optimizers, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": (steps.masses * values).sum(-1).mean(),
             "target": (next_steps.masses * target).sum(-1).mean(),

@@ -119,11 +119,17 @@ class State(NamedTuple):
 
 def target_quantiles(batch: Batch, next_quantiles: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted quantiles, `[batch, target fractions]`, same shape."""
+    chex.assert_rank(next_quantiles, 2)
+    chex.assert_shape([batch.reward, batch.discount], (len(next_quantiles),))
     return batch.reward[:, None] + batch.discount[:, None] * next_quantiles
 
 
 def loss_of(quantiles: jax.Array, fractions: jax.Array, target: jax.Array, kappa: float | jax.Array) -> jax.Array:
     """Mean quantile Huber loss: quantiles at the fractions, both `[batch, fractions]`, on `[batch, targets]`."""
+    chex.assert_rank([quantiles, target], 2)
+    chex.assert_equal_shape([quantiles, fractions])
+    chex.assert_equal_shape_prefix([quantiles, target], 1)
+    # QR-DQN's (arXiv 1710.10044), but each row of the batch at fractions of its own.
     return quantile.quantile_huber_loss(quantiles, target, fractions, kappa=kappa, over_predicted="sum").mean()
 
 
@@ -142,26 +148,34 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch, key: jax.Array) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Fractions: three independent draws. The same ones on both sides of the loss would bias its gradient.
         online_key, target_key, policy_key = jax.random.split(key, 3)
         fractions = jax.random.uniform(online_key, (config.batch_size, config.num_fractions))
         target_fractions = jax.random.uniform(target_key, (config.batch_size, config.num_target_fractions))
         policy_fractions = jax.random.uniform(policy_key, (config.batch_size, config.num_policy_fractions))
-        # One pass through the target network for both: the quantiles that choose, and those that are the target.
+
+        # Target: the law of the successor's greedy action, both by the target network, moved by reward and discount.
+        # One pass for the quantiles that choose, at distorted fractions, and those that follow, at fractions as drawn.
         next_fractions = jnp.concatenate([risks.distort(risk, policy_fractions), target_fractions], axis=1)
         next_quantiles = network.apply(learner.target_network, batch.next_observation, next_fractions)
         choosing, following = jnp.split(next_quantiles, [config.num_policy_fractions], axis=2)
         next_action = risks.value_of_quantiles(risk, choosing).argmax(-1)
         target = target_quantiles(batch, networks.at_action(following, next_action))
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             quantiles = networks.at_action(network.apply(parameters, batch.observation, fractions), batch.action)
             return loss_of(quantiles, fractions, target, config.kappa), quantiles
 
         new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": gradient_norm,
         }  # fmt: skip

@@ -118,11 +118,17 @@ class State(NamedTuple):
 
 def target_particles(batch: Batch, next_particles: jax.Array) -> jax.Array:
     """Reward plus the successor's discounted particles, `[batch, particles]` -> `[batch, particles]`."""
+    chex.assert_rank(next_particles, 2)
+    chex.assert_shape([batch.reward, batch.discount], (len(next_particles),))
     return batch.reward[:, None] + batch.discount[:, None] * next_particles
 
 
 def loss_of(particles: jax.Array, target: jax.Array, kernel: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Mean squared discrepancy of the particles of the actions taken, both `[batch, particles]`."""
+    chex.assert_rank(particles, 2)
+    chex.assert_equal_shape([particles, target])
+    # Each particle counts against itself too: without these pairs the loss could be negative. Those of two y have no
+    # gradient, but with them equal sets are 0 apart.
     return mmd.squared_mmd(particles, jax.lax.stop_gradient(target), kernel).mean()
 
 
@@ -146,19 +152,25 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Target: the law of the successor's greedy action, both by the target network, moved by reward and discount.
         next_particles = network.apply(learner.target_network, batch.next_observation)
         next_action = risks.value_of_atoms(risk, next_particles).argmax(-1)
         target = target_particles(batch, networks.at_action(next_particles, next_action))
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             particles = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(particles, target, kernel), particles
 
         new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": target.mean(), "gradient_norm": gradient_norm,
             "spread": values.std(-1).mean(),

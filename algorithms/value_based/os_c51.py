@@ -113,16 +113,24 @@ class State(NamedTuple):
 
 def target_value(batch: Batch, next_values: jax.Array) -> jax.Array:
     """Reward plus the successor's largest discounted value, DQN's target: values `[batch, actions]` -> `[batch]`."""
+    chex.assert_rank(next_values, 2)
+    chex.assert_shape([batch.reward, batch.discount], (len(next_values),))
+    # The official code takes the mean of the greedy action's law after moving it: the same number.
     return batch.reward + batch.discount * next_values.max(-1)
 
 
 def target_masses(scalar_target: jax.Array, support: jax.Array) -> jax.Array:
     """All mass at one value `[batch]`, projected onto the support `[atoms]`: two-hot, `[batch, atoms]`."""
+    chex.assert_rank([scalar_target, support], 1)
+    # The Cramer projection (arXiv 1802.08163); of a law with all mass at one point it is two-hot (arXiv 2403.03950).
     return categorical.project(scalar_target[:, None], jnp.ones_like(scalar_target)[:, None], support)
 
 
 def loss_of(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Mean cross-entropy of the laws of the actions taken to their targets, both `[batch, atoms]`."""
+    chex.assert_rank(logits, 2)
+    chex.assert_equal_shape([logits, target])
+    # The KL divergence is less by the entropy of the target: a constant, so that the gradient is the same.
     return categorical.cross_entropy(target, logits).mean()
 
 
@@ -140,19 +148,25 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def update(learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due."""
+        # Target: the mean of the successor's greedy action, both by the target network, moved and projected.
         next_laws = jax.nn.softmax(network.apply(learner.target_network, batch.next_observation))
         scalar_target = target_value(batch, (next_laws * support).sum(-1))
         target = target_masses(scalar_target, support)
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             logits = networks.at_action(network.apply(parameters, batch.observation), batch.action)
             return loss_of(logits, target), (jax.nn.softmax(logits) * support).sum(-1)
 
         new_network, (loss, values, gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": (target * support).sum(-1).mean(),
             # With discount 0 any law lies at one point.

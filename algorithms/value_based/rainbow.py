@@ -123,10 +123,12 @@ class Network(nn.Module):
     def __call__(self, observation: jax.Array, noisy: bool) -> jax.Array:
         features = networks.Torso(self.hidden[:-1], name="torso")(observation)
 
+        # Noisy layers (arXiv 1706.10295).
         def stream(name: str, outputs: int) -> jax.Array:
             hidden = networks.NoisyDense(self.hidden[-1], self.initial_noise, name=f"{name}_0")(features, noisy)
             return networks.NoisyDense(outputs, self.initial_noise, name=f"{name}_1")(nn.relu(hidden), noisy)
 
+        # Duelling (arXiv 1511.06581), atom by atom: the mean that is taken off is over actions.
         advantage = stream("advantage", self.num_actions * self.num_atoms)
         advantage = advantage.reshape(-1, self.num_actions, self.num_atoms)
         return networks.duel(stream("value", self.num_atoms), advantage) if self.dueling else advantage
@@ -158,12 +160,19 @@ class State(NamedTuple):
 
 def target_masses(batch: Batch, next_masses: jax.Array, support: jax.Array) -> jax.Array:
     """Law of reward + discount * Z for Z with the masses `[batch, atoms]`, projected onto the support `[atoms]`."""
+    rows, atoms = next_masses.shape
+    chex.assert_shape([batch.reward, batch.discount], (rows,))
+    chex.assert_shape(support, (atoms,))
+    # The Cramer projection (arXiv 1802.08163). With discount 0, after a termination, all mass is at the reward.
     return categorical.project_return(batch.reward, batch.discount, next_masses, support)
 
 
 def loss_of(logits: jax.Array, target: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted mean KL divergence of the laws of the actions taken, `[batch, atoms]`, from their targets; weights
     `[batch]`. Also each one's divergence, unweighted: the new priorities `[batch]`."""
+    chex.assert_rank(logits, 2)
+    chex.assert_equal_shape([logits, target])
+    chex.assert_shape(weights, (len(logits),))
     divergence = categorical.kl_divergence(target, logits)
     return (weights * divergence).mean(), divergence
 
@@ -188,7 +197,11 @@ def make_agent(config: Config, env, env_params) -> Agent:
         learner: Learner, batch: Batch, weights: jax.Array, key: jax.Array
     ) -> tuple[Learner, jax.Array, dict[str, jax.Array]]:
         """One gradient step, and the copy into the target network when it is due; also the batch's divergences."""
+        # Noise: a draw of its own for each of the three passes.
         online_key, target_key, choosing_key = jax.random.split(key, 3)
+
+        # Target: the law of the successor's greedy action by the target network, moved and projected. With `double` the
+        # online network has chosen, so that the error that makes it look best is not in its law (arXiv 1509.06461).
         next_laws = jax.nn.softmax(logits_of(learner.target_network, batch.next_observation, target_key))
         choosing = next_laws
         if config.double:
@@ -197,16 +210,21 @@ def make_agent(config: Config, env, env_params) -> Agent:
         next_masses = networks.at_action(next_laws, next_action)
         target = target_masses(batch, next_masses, support)
 
+        # Loss: one step of Adam. The target is a constant, lest it move towards the prediction.
         def objective(parameters):
             logits = networks.at_action(logits_of(parameters, batch.observation, online_key), batch.action)
             loss, divergence = loss_of(logits, target, weights)
             return loss, (divergence, (jax.nn.softmax(logits) * support).sum(-1))
 
         new_network, (loss, (divergence, values), gradient_norm) = descend(adam, learner.network, objective)
+
+        # Target network: a copy when it is due. In between it stands still, lest targets move with predictions.
         updates = learner.updates + 1
         target_network = networks.periodic_copy(
             learner.target_network, new_network.parameters, updates, config.target_period
         )
+
+        # Metrics: of this batch, by the networks before the step.
         metrics = {
             "loss": loss, "value": values.mean(), "target": (target * support).sum(-1).mean(),
             "clipped_mass": categorical.clipped_mass(batch.reward, batch.discount, next_masses, support).mean(),
@@ -233,6 +251,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         def learn(state, _):
             key, sample_key, noise_key = jax.random.split(state.key, 3)
+            # Prioritised replay (arXiv 1511.05952): weights undo what unequal sampling does to the loss, more so later.
             indices, probabilities = replay.sample_by_priority(state.priorities, sample_key, config.batch_size)
             batch = experience.batch_at(
                 state.experience, indices, num_steps=config.num_steps, gamma=config.discount,
@@ -241,7 +260,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             beta = policies.linear_schedule(config.importance_exponent, 1.0, config.annealing_steps, state.env_steps)
             weights = replay.importance_weights(probabilities, state.experience.replay.size, beta)
             learner, divergence, metrics = update(state.learner, batch, weights, noise_key)
-            # A priority of 0 would never be drawn again.
+            # By the divergence without its weight. A priority of 0 would never be drawn again.
             raised = (divergence + 1e-6) ** config.priority_exponent
             priorities = replay.set_priorities(state.priorities, indices, raised)
             return state._replace(key=key, learner=learner, priorities=priorities), jax.tree.map(average, metrics)

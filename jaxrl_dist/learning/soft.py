@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,27 @@ PENDULUM = {
 
 
 class Actor(nn.Module):
-    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`."""
+    """Mean and log standard deviation of the pre-tanh action, `[batch, observation]` -> two `[batch, actions]`.
+
+    activation: a function of `flax.linen`; glorot: first weights, as in `networks.EnsembleMLP`.
+    """
 
     hidden: tuple[int, ...]
     action_size: int
+    activation: str = "relu"
+    log_std_bounds: tuple[float, float] = (-20, 2)
+    glorot: bool = False
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = networks.MLP((*self.hidden, 2 * self.action_size), name="mlp")(observation)
-        mean, log_std = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.clip(log_std, -20, 2)
+        features, activation = (*self.hidden, 2 * self.action_size), getattr(nn, self.activation)
+        outputs = networks.MLP(features, activation, glorot=self.glorot, name="mlp")(observation)
+        mean, position = jnp.split(outputs, 2, axis=-1)
+        return mean, self.log_std(position)
+
+    def log_std(self, position: jax.Array) -> jax.Array:
+        """What the network says, cut at `log_std_bounds`; an actor that bounds it in another way overrides this."""
+        return jnp.clip(position, *self.log_std_bounds)
 
     def sample(self, parameters: Any, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Action `[batch, actions]` and its log-density `[batch]`, reparameterised."""
@@ -44,8 +56,11 @@ def log_temperature(config: Any) -> jax.Array:
 def temperature_loss(log_temperature: jax.Array, log_density: jax.Array, target_entropy: jax.Array) -> jax.Array:
     """Log form of the dual objective: its slope is the excess of the policy's entropy over the target.
 
+    log_density: `[batch]`, of actions of the policy.
+
     Source: the authors' code of SAC, arXiv 1812.05905, whose eq. 18 has alpha in place of log alpha.
     """
+    chex.assert_rank(log_density, 1)
     return -log_temperature * jax.lax.stop_gradient(log_density + target_entropy).mean()
 
 
@@ -66,8 +81,11 @@ class SoftPolicy(NamedTuple):
     export: Callable[[Any], dict[str, jax.Array]]
 
 
-def policy_of(actor: Actor) -> SoftPolicy:
-    """Acting, exploring and exporting by an `Actor`."""
+def policy_of(actor: Actor, reward_scale: float | jax.Array | None = None) -> SoftPolicy:
+    """Acting, exploring and exporting by an `Actor`.
+
+    reward_scale: factor on the rewards that are learned from, if there is one; bonuses are in the environment's units.
+    """
 
     def act(state: Any, observation: jax.Array, key: jax.Array) -> jax.Array:
         mean, _ = actor.apply(state.learner.actor.parameters, normalize(state.experience.normalizer, observation))
@@ -76,10 +94,11 @@ def policy_of(actor: Actor) -> SoftPolicy:
     def follow(state: Any, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         observation = normalize(state.experience.normalizer, observation)
         action, log_density = actor.sample(state.learner.actor.parameters, observation, key)
-        return action, -jnp.exp(state.learner.log_temperature.parameters) * log_density
+        bonus = -jnp.exp(state.learner.log_temperature.parameters) * log_density
+        return action, bonus if reward_scale is None else bonus / reward_scale
 
     def export(state: Any) -> dict[str, jax.Array]:
         layers = state.learner.actor.parameters["params"]["mlp"]["layers"]
-        return portable.mlp_policy(layers, actor.action_size, state.experience.normalizer)
+        return portable.mlp_policy(layers, actor.action_size, state.experience.normalizer, actor.activation)
 
     return SoftPolicy(act, follow, export)

@@ -181,12 +181,17 @@ def steps_of(reward, discount) -> Batch:
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 
+def weights(node):
+    """The parameters, also of those that have an optimiser."""
+    return node.parameters if isinstance(node, Trained) else node
+
+
 def network(parameters, name: str = "mlp") -> dict[str, np.ndarray]:
     """The layers of a flax network in float64: kernels `[members, inputs, outputs]`, biases `[members, outputs]`.
 
     `name` may be a path, "head/value".
     """
-    layers = parameters["params"]
+    layers = weights(parameters)["params"]
     for part in name.split("/"):
         layers = layers[part]
     return {key: np.asarray(value, np.float64) for key, value in layers.get("layers", layers).items()}

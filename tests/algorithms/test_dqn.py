@@ -12,7 +12,7 @@ import pytest
 from jaxrl_dist.algorithms.value_based import dqn
 from jaxrl_dist.learning import experience, networks
 from jaxrl_dist.learning.experience import Experience
-from jaxrl_dist.learning.interaction import Interaction
+from jaxrl_dist.learning.interaction import Interaction, Transition
 from jaxrl_dist.learning.replay import Replay
 from jaxrl_dist.running import training
 
@@ -71,8 +71,9 @@ def test_maximisation_bias():
 def tabular_fixed_point(terminated, truncated, gamma=0.9, num_steps=1, reward=1.0, threshold=0.0) -> float:
     """Value of one state with one action, by targets from a replay and steps of size 1 on the loss."""
     size = len(terminated)
-    rows = by_hand.transition(reward=jnp.full(size, reward), terminated=terminated, truncated=truncated)
-    rows = rows._replace(action=jnp.zeros(size, jnp.int32))
+    seen = jnp.zeros((size, 1))
+    flags = jnp.asarray(terminated), jnp.asarray(truncated)
+    rows = Transition(seen, jnp.zeros(size, jnp.int32), jnp.full(size, reward), seen, *flags)
     one_environment = Interaction(None, None, jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.zeros(1))
     stored = Experience(Replay(rows, jnp.int32(0), jnp.int32(size)), one_environment, None)
     batch = experience.batch_at(stored, jnp.arange(size), num_steps=num_steps, gamma=gamma)

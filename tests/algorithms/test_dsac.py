@@ -52,8 +52,10 @@ def slopes_of(config, mean, std, target):
 
 # Rewards are scaled by 0.2: 2.5 counts as 0.5.
 def example_target(config=None, **flags):
-    batch = by_hand.transition(reward=[2.5], **{name: [value] for name, value in flags.items()})
-    return dsac.target_return(config or dsac.Config(), batch, jnp.array([3.0]), jnp.array([-1.0]), jnp.float32(0.2))[0]
+    config = config or dsac.Config()
+    flags = {name: [value] for name, value in flags.items()}
+    batch = by_hand.transition(reward=[2.5], discount=config.discount, **flags)
+    return dsac.target_return(config, batch, jnp.array([3.0]), jnp.array([-1.0]), jnp.float32(0.2))[0]
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_self_loop_converges_to_the_law_of_the_full_return():
 
     def update(moments, index):
         reward_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        batch = by_hand.transition(reward=1 + 0.5 * jax.random.normal(reward_key, (rows,)))
+        batch = by_hand.transition(reward=1 + 0.5 * jax.random.normal(reward_key, (rows,)), discount=0.9)
         next_return = moments[0] + moments[1] * jax.random.normal(noise_key, (rows,))
         target = dsac.target_return(config, batch, next_return, jnp.zeros(rows), jnp.float32(0.3))
 

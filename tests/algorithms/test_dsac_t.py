@@ -65,7 +65,7 @@ def test_termination_masks_return_and_entropy_but_truncation_masks_nothing():
 
 def test_each_transition_has_its_own_critic():
     mean, sample = jnp.array([[1.0, 4.0, 2.0], [5.0, 6.0, 3.0]]), jnp.array([[10.0, 40.0, 20.0], [50.0, 60.0, 30.0]])
-    batch, nothing = by_hand.transition(reward=[0.0, 0.0]), jnp.zeros(2)
+    batch, nothing = by_hand.transition(reward=[0.0, 0.0], discount=0.5), jnp.zeros(2)
     targets = dsac_t.target_returns(config_with(discount=0.5), batch, mean, sample, nothing, jnp.float32(0.2))
     np.testing.assert_allclose(targets, [[0.5, 1.5], [5, 15]], rtol=1e-6)
 
@@ -270,7 +270,8 @@ def test_impossible_settings_are_refused(settings, message):
 def test_log_std_of_the_actor_is_cut():
     layers = {"kernel_0": jnp.ones((1, 1, 2)), "bias_0": jnp.zeros((1, 2))}
     observation = jnp.array([[-30.0], [-4.0], [0.2], [9.0]])
-    mean, log_std = dsac_t.Actor((), 1).apply({"params": {"mlp": {"layers": layers}}}, observation)
+    actor = soft.Actor((), 1, log_std_bounds=(-20, 0.5))
+    mean, log_std = actor.apply({"params": {"mlp": {"layers": layers}}}, observation)
     np.testing.assert_array_equal(mean, observation)
     np.testing.assert_allclose(log_std[:, 0], [-20, -4, 0.2, 0.5])
 

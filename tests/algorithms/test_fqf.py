@@ -195,6 +195,7 @@ def test_each_loss_reaches_its_own_parameters():
 
 
 def network_of(parameters) -> dict[str, dict]:
+    parameters = by_hand.weights(parameters)
     return {
         implicit_by_hand.TORSO: by_hand.network(parameters["torso"]),
         implicit_by_hand.EMBEDDING: by_hand.network(parameters["head"], "embedding/dense"),

@@ -150,7 +150,7 @@ def test_noise_is_drawn_anew_for_every_layer_step_and_use(monkeypatch):
 
 def nets_of(parameters) -> dict[str, dict]:
     """The mean weights in the form of `by_hand.action_forward`."""
-    parameters = parameters["params"]
+    parameters = by_hand.weights(parameters)["params"]
     nets = {"torso/mlp": by_hand.network({"params": parameters["torso"]})}
     for stream in ("advantage", "value"):
         if f"{stream}_0" in parameters:

@@ -11,6 +11,7 @@ import pytest
 from jaxrl_dist.algorithms.actor_critic import sac, td3
 from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.learning import policies, soft
+from jaxrl_dist.learning.optimization import Trained
 from jaxrl_dist.running import problem
 
 
@@ -202,7 +203,7 @@ def test_update_equals_loops_in_numpy():
         after = state.learner
         for name in ("actor", "critic", "target_critic"):
             by_hand.assert_network_is(getattr(after, name), expected[name])
-        assert after.log_temperature == pytest.approx(expected["log_temperature"], abs=1e-5)
+        assert after.log_temperature.parameters == pytest.approx(expected["log_temperature"], abs=1e-5)
         assert metrics["critic_loss"].total == pytest.approx(expected["critic_loss"], rel=1e-4)
         assert metrics["target"].total == pytest.approx(expected["target"].mean(), rel=1e-4, abs=1e-5)
         optimizers = after.actor.optimizer, after.critic.optimizer, after.log_temperature.optimizer
@@ -233,16 +234,14 @@ def test_update_without_entropy_and_spread_is_that_of_td3():
     learner = by_hand.changed(state.learner, actor=soft_actor)
     hard_state = jax.eval_shape(hard.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), hard_state.learner.actor.optimizer)
-    hard_learner = td3.Learner(
-        hard_actor, learner.critic.parameters, hard_actor, learner.target_critic, zeros, learner.critic.optimizer
-    )
+    hard_learner = td3.Learner(Trained(hard_actor, zeros), learner.critic, hard_actor, learner.target_critic)
     soft_state = state._replace(learner=learner)
     hard_state = td3.State(hard_learner, state.experience, jax.random.clone(state.key))
     soft_step, hard_step = by_hand.quick(soft.step), by_hand.quick(hard.step)
     soft_state, hard_state = soft_step(soft_state)[0], hard_step(hard_state)[0]
     # One step only: SAC has no target actor, so from the second update on the two methods part.
     expected, actual = hard_state.learner, soft_state.learner
-    assert jax.tree.leaves(expected.critic)[0].shape == jax.tree.leaves(actual.critic)[0].shape
+    assert jax.tree.map(jnp.shape, expected.critic.parameters) == jax.tree.map(jnp.shape, actual.critic.parameters)
     for name in ("critic", "target_critic"):
         by_hand.assert_network_is(getattr(actual, name), by_hand.network(getattr(expected, name)))
     actor, moved = by_hand.network(actual.actor), by_hand.network(expected.actor)

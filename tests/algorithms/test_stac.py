@@ -63,7 +63,7 @@ def test_deviation_of_a_self_loop_is_that_of_one_step(pessimism, expected):
     """
     config = dataclasses.replace(stac.Config(), discount=0.9, pessimism=pessimism)
     rewards = 1 + 0.5 * jax.scipy.special.ndtri(quantile.midpoints(200))
-    batch, adam = by_hand.transition(reward=rewards), optax.adam(0.02)
+    batch, adam = by_hand.transition(reward=rewards, discount=0.9), optax.adam(0.02)
 
     def loss(parameters, target):
         mean, position = parameters
@@ -151,7 +151,7 @@ def test_only_the_deviations_bias_starts_at_zero():
 def network(parameters) -> dict[str, np.ndarray]:
     """Linear layers `kernel_i`, `bias_i` and layer norms `norm_scale_i`, `norm_bias_i` in float64."""
     arrays = {}
-    for name, layer in parameters["params"]["mlp"].items():
+    for name, layer in by_hand.weights(parameters)["params"]["mlp"].items():
         kind, index = name.split("_")
         if kind == "layer":
             arrays |= {f"{part[:-2]}_{index}": value[0] for part, value in layer["layers"].items()}

@@ -245,7 +245,7 @@ def test_reduces_to_ddpg_bit_for_bit():
     for name in ("actor", "target_actor"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state.learner, name), getattr(other.learner, name))
     for name in ("critic", "target_critic"):
-        expected, actual = getattr(state.learner, name), getattr(other.learner, name)
+        expected, actual = (by_hand.weights(getattr(one.learner, name)) for one in (state, other))
         jax.tree.map(np.testing.assert_array_equal, expected["params"]["mlp"]["layers"], actual["params"]["mlp"])
     jax.tree.map(np.testing.assert_array_equal, state.experience, other.experience)
     assert metrics["critic_loss"].total == pytest.approx(float(other_metrics["critic_loss"].total), rel=1e-6)

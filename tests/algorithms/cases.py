@@ -1,0 +1,279 @@
+"""One row per algorithm: all that the tests of every agent (`test_every_agent.py`) must know of one.
+
+An algorithm without a row fails them. A row names what keeps the agent small, what of it must be quiet for its values
+to be those of the probes, and which parts of its state each of its floats must, and must not, change.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_dist import cli
+from jaxrl_dist.envs import stock
+from jaxrl_dist.envs.probe import Probe, ProbeParams
+
+DISCOUNT = 0.7
+# Episodes of the probes last three steps, where nothing else ends them: time limits are frequent.
+LIMIT = 3
+
+
+class World(NamedTuple):
+    """An environment with the cases of the probes, and the observations at which agents are looked at."""
+
+    env: Any
+    params: Callable[[Any, Any], Any]
+    """of a configuration and a case"""
+    observation: jax.Array
+    """`[looks, size]`; the first component is the probe's"""
+    num_actions: int = 0
+    """0: continuous"""
+
+
+def bare(config: Any, case: Any) -> ProbeParams:
+    return ProbeParams(max_steps_in_episode=LIMIT, case=case)
+
+
+LOOKS = jnp.array([[-1.0], [0.0], [1.0]])
+CONTINUOUS = World(Probe(), bare, LOOKS)
+DISCRETE = World(Probe(discrete_actions=2), bare, LOOKS, 2)
+
+
+def with_stock() -> World:
+    """The discrete probe with a stock beside its observation."""
+    env = stock.StockAugmented(DISCRETE.env, ProbeParams(max_steps_in_episode=LIMIT), DISCOUNT, -1.0, 1.0)
+
+    def params(config, case):  # the stock's gamma is the agent's
+        return env.default_params.replace(inner=bare(config, case), discount=config.discount)
+
+    looks = jnp.concatenate([jnp.tile(LOOKS, (2, 1)), jnp.repeat(jnp.array([[-1.0], [1.0]]), 3, axis=0)], axis=1)
+    return World(env, params, looks, 2)
+
+
+class Feels(NamedTuple):
+    """Parts of the state that must differ after one iteration where a float is another, and parts that must not."""
+
+    must: frozenset[str]
+    never: frozenset[str] = frozenset()
+    """"others" stands for all that `must` does not name"""
+
+
+def feels(must: str, never: str = "") -> Feels:
+    return Feels(frozenset(must.split()), frozenset(never.split()))
+
+
+def only(must: str) -> Feels:
+    return feels(must, "others")
+
+
+LATER = feels("")
+"""Nothing is known of the first iteration; after some more of them something differs."""
+
+
+class Case(NamedTuple):
+    """What the shared tests know of one agent."""
+
+    small: dict
+    """settings that differ from the defaults, in all lanes"""
+    quiet: dict
+    """floats of the lanes that are held against the probes' values"""
+    feels: dict[str, Feels]
+    """of every float"""
+    metrics: str
+    """all that it reports"""
+    world: World
+    iterations: int = 700
+    """for the probes"""
+    dead: tuple[str, ...] = ()
+    """floats that belong to a switch that is off"""
+    more_parts: Callable[[Any, dict], dict] = lambda state, parts: parts
+    """what else of a state is looked at by name"""
+    old_rows: Callable[[Any], Any] = lambda state: state
+    """a state whose next batch is of what was stored before"""
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+EPISODES = "episode_return episode_length "
+# Sizes that tell the counts apart: 3 steps of 2 environments per iteration; a warm-up that is no multiple of 2.
+SIZES = {
+    "num_envs": 2, "steps_per_iteration": 3, "updates_per_iteration": 1, "warmup_steps": 383, "replay_capacity": 6000,
+    "batch_size": 32, "discount": DISCOUNT,
+}  # fmt: skip
+
+ACTOR_CRITIC = {
+    **SIZES, "actor_hidden": (16, 16), "critic_hidden": (16, 16), "actor_learning_rate": 3e-3,
+    "critic_learning_rate": 1e-2, "normalize_observations": True,
+}  # fmt: skip
+ACTOR_CRITIC_FEELS = {
+    "discount": feels("critic_optimizer", "replay log_temperature temperature_optimizer"),
+    "actor_learning_rate": only("actor"),
+    # The actor climbs the critics as they are after their update.
+    "critic_learning_rate": feels(
+        "critic target_critic actor_optimizer", "replay log_temperature temperature_optimizer"
+    ),
+}  # fmt: skip
+TARGET_ACTOR_FEELS = {"polyak": only("target_critic target_actor"), "actor_learning_rate": only("actor target_actor")}
+EXPLORES_BY_NOISE = {"exploration_noise": feels("replay")}
+ACTOR_CRITIC_METRICS = EPISODES + "critic_loss actor_loss value target critic_gradient_norm "
+
+SOFT = {"initial_temperature": 0.2, "temperature_learning_rate": 1e-3}
+# A temperature so small that entropy is worth nothing.
+SOFT_QUIET = {"initial_temperature": 1e-6, "temperature_learning_rate": 0.0}
+SOFT_FEELS = {
+    "temperature_learning_rate": only("log_temperature"),
+    "target_entropy_per_action": feels("temperature_optimizer", "actor critic actor_optimizer critic_optimizer replay"),
+    "initial_temperature": feels("critic_optimizer actor_optimizer log_temperature"),
+}
+
+VALUE = {
+    **SIZES, "num_steps": 1, "target_period": 20, "learning_rate": 1e-2, "adam_epsilon": 1e-6, "epsilon_start": 1.0,
+    "epsilon_end": 0.5, "exploration_steps": 1000, "hidden": (16, 16),
+}  # fmt: skip
+OF_THE_LOSS = only("network optimizer")
+VALUE_FEELS = {
+    "discount": OF_THE_LOSS, "reward_clip": OF_THE_LOSS, "learning_rate": only("network"),
+    "adam_epsilon": only("network"), "epsilon_start": LATER, "epsilon_end": LATER,
+}  # fmt: skip
+VALUE_METRICS = EPISODES + "loss value target gradient_norm "
+# Targets stay inside the support, where the projection keeps the mean.
+SUPPORT = {"v_min": -4.0, "v_max": 4.0, "num_atoms": 17}
+SUPPORT_FEELS = {"v_min": OF_THE_LOSS, "v_max": OF_THE_LOSS}
+
+
+def actor_critic(small=(), quiet=(), feels=(), metrics="", soft=False, polyak=True, **more) -> Case:
+    """`polyak`: its targets follow at every update; else they are copied now and then."""
+    follows = {"polyak": only("target_critic")} if polyak else {}
+    return Case(
+        ACTOR_CRITIC | ({"polyak": 0.05} if polyak else {}) | (SOFT if soft else {}) | dict(small),
+        (SOFT_QUIET if soft else {}) | dict(quiet),
+        ACTOR_CRITIC_FEELS | follows | (SOFT_FEELS if soft else EXPLORES_BY_NOISE) | dict(feels),
+        ACTOR_CRITIC_METRICS + ("temperature largest_bonus entropy " if soft else "saturation ") + metrics,
+        CONTINUOUS,
+        **({"iterations": 900} | more),
+    )
+
+
+def value_based(small=(), quiet=(), feels=(), metrics="", world=DISCRETE, **more) -> Case:
+    return Case(VALUE | dict(small), dict(quiet), VALUE_FEELS | dict(feels), VALUE_METRICS + metrics, world, **more)
+
+
+def with_priorities(state, parts: dict) -> dict:
+    return parts | {"priorities": state.priorities}
+
+
+def draws_old_rows(state):
+    """Priorities that leave new rows, which come with the largest so far, next to no chance."""
+    return state._replace(priorities=state.priorities._replace(tree=1e6 * state.priorities.tree))
+
+
+def with_proposal(state, parts: dict) -> dict:
+    """The proposal apart from the rest of the network."""
+    network = {name: x for name, x in parts["network"].items() if name != "proposal"}
+    return parts | {"network": network, "proposal": parts["network"]["proposal"]}
+
+
+# -- the rows ---------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "sac": actor_critic(soft=True),
+    "tqc": actor_critic(
+        {"num_critics": 2, "num_quantiles": 5, "quantiles_dropped": 1},
+        feels={"kappa": feels("critic_optimizer", "replay")}, metrics="truncation", soft=True,
+    ),
+    "td3": actor_critic(
+        {"updates_per_iteration": 2},
+        feels=TARGET_ACTOR_FEELS | {
+            "target_noise": feels("critic_optimizer", "replay"),
+            "target_noise_clip": feels("critic_optimizer", "replay"),
+        },
+    ),
+    "ddpg": actor_critic(
+        feels=TARGET_ACTOR_FEELS | {
+            "critic_weight_decay": feels("critic_optimizer"), "noise_reversion": feels("replay"),
+        },
+    ),
+    "d4pg": actor_critic(
+        {**SUPPORT, "num_steps": 1, "target_period": 20, "action_gradient_bound": 0.03},
+        {"action_gradient_bound": 1.0},
+        {
+            "actor_learning_rate": only("actor"), "critic_learning_rate": feels("critic actor_optimizer", "replay"),
+            "action_gradient_bound": feels("actor_optimizer", "critic critic_optimizer replay"),
+            "v_min": feels("critic_optimizer", "replay"), "v_max": feels("critic_optimizer", "replay"),
+        },
+        "clipped_mass action_gradient_norm", polyak=False,
+    ),
+    "dsac": actor_critic(
+        {"updates_per_iteration": 2, "target_bound": 0.5, "activation": "relu", "gradient_bias": 0.0},
+        {"reward_scale": 1.0, "min_std": 0.1, "max_std": 3.0, "target_bound": 10.0},
+        TARGET_ACTOR_FEELS | {
+            name: feels("critic_optimizer", "replay")
+            for name in ("reward_scale", "target_bound", "min_std", "max_std", "gradient_bias")
+        },
+        "std clipped_targets", soft=True, iterations=1200,
+    ),
+    "dsac_t": actor_critic(
+        {"updates_per_iteration": 2, "bound_width": 0.5}, {"bound_width": 3.0},
+        TARGET_ACTOR_FEELS | {
+            name: feels("critic_optimizer", "replay") for name in ("bound_width", "running_rate", "gradient_bias")
+        },
+        "std running_std", soft=True, dead=("target_bound",),
+    ),
+    "stac": actor_critic(
+        quiet={"pessimism": 0.0, "actor_dropout": 0.0, "critic_dropout": 0.0},
+        feels={
+            "target_entropy_per_action": only("log_temperature"),
+            "pessimism": feels("critic_optimizer actor_optimizer"),
+            "actor_dropout": feels("critic_optimizer actor_optimizer"), "critic_dropout": feels("critic_optimizer"),
+        },
+        metrics="std", soft=True,
+    ),
+    "dqn": value_based(feels={"huber_threshold": OF_THE_LOSS}),
+    "c51": value_based(SUPPORT, feels=SUPPORT_FEELS, metrics="clipped_mass"),
+    "os_c51": value_based(SUPPORT, feels=SUPPORT_FEELS, metrics="clipped_mass"),
+    "qr_dqn": value_based({"num_quantiles": 6}, feels={"kappa": OF_THE_LOSS}, metrics="crossings"),
+    "mmd_dqn": value_based({"num_particles": 6}, feels={"bandwidth_exponent": OF_THE_LOSS}, metrics="spread"),
+    "iqn": value_based(
+        {"num_fractions": 5, "num_target_fractions": 6, "num_policy_fractions": 7, "cosines": 8},
+        feels={"kappa": OF_THE_LOSS},
+    ),
+    "fqf": value_based(
+        {"num_fractions": 6, "cosines": 8},
+        feels={
+            "kappa": OF_THE_LOSS, "fraction_learning_rate": only("proposal"),
+            "entropy_weight": feels("optimizer", "replay target_network"),
+        },
+        metrics="fraction_entropy", more_parts=with_proposal,
+    ),
+    "rainbow": value_based(
+        SUPPORT | {"annealing_steps": 2000}, {"initial_noise": 0.05},  # evaluation takes the mean weights
+        dict.fromkeys(("discount", "reward_clip", "v_min", "v_max"), only("network optimizer priorities")) | {
+            "initial_noise": feels("network optimizer"), "priority_exponent": feels("priorities"),
+            "importance_exponent": LATER,  # weights are all 1 at first
+        },
+        "clipped_mass", more_parts=with_priorities, old_rows=draws_old_rows, iterations=500,
+    ),
+    # The mean needs no stock, and must find the values that QR-DQN finds.
+    "eta_dqn": value_based(
+        {"num_quantiles": 6, "utility": "mean", "stock_scale": 50.0, "learning_rate": 3e-3},
+        # Targets go on to stocks that were never seen: they must look alike.
+        {"stock_scale": 1000.0},
+        feels={
+            "discount": feels("network optimizer"),  # the stock's too, and so what is stored
+            "kappa": OF_THE_LOSS, "stock_scale": feels("network optimizer"),
+        },
+        metrics="crossings", iterations=1500,
+        world=with_stock(),
+    ),
+}  # fmt: skip
+
+
+def row(name: str) -> Case:
+    """The row of an agent that `jaxrl_dist` finds. Raises AssertionError where there is none."""
+    assert name in CASES, f"tests/algorithms/cases.py has no row for {name}: every agent needs one"
+    return CASES[name]
+
+
+def module(name: str):
+    return cli.find_algorithm(name)

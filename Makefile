@@ -1,5 +1,5 @@
-# make train, make test (or test-fast), make lint (or format), make bench, make notebook: each first sets up .venv, from
-# nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions that are allowed.
+# make train, make test (or test-fast, test-all), make lint (or format), make bench, make notebook: each first sets up
+# .venv, from nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions that are allowed.
 #
 #   make train ARGS="--env-id brax/hopper --total-steps 100000"    what to train (any option of the script)
 #   make train EXTRAS=dev,cuda                                     with JAX for an NVIDIA GPU
@@ -9,13 +9,14 @@ PYTHON ?= python3
 EXTRAS ?= dev
 ARGS ?=
 PYTEST_ARGS ?=
-# Compiling keeps one core busy, so two processes nearly halve the time of the tests. A file stays in one process.
+# Compiling keeps one core busy, so two processes nearly halve the time of the tests. What shares compiled programs (the
+# tests of one agent, those of one file) stays in one process.
 PROCESSES ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
 
-.PHONY: help setup train test test-fast lint format bench notebook lowest newest
+.PHONY: help setup train test test-all test-fast lint format bench notebook lowest newest
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -34,10 +35,14 @@ train: $(READY)
 	$(BIN)/python algorithms/actor_critic/tqc.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+
+# The slow tests, too, whose subject has not changed since they passed; writes tests/proofs.json.
+test-all: $(READY)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --all $(PYTEST_ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

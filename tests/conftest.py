@@ -1,5 +1,6 @@
 """What holds in every test: the CPU, an error wherever a random key is used twice, and programs compiled only once."""
 
+import functools
 import os
 import re
 import tempfile
@@ -63,10 +64,16 @@ def pytest_xdist_make_scheduler(config, log):
     return Groups(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures do what the test then does not need
+def pytest_runtest_setup(item):
+    if mark := item.get_closest_marker("proves"):
+        proofs.check(item, proofs.sources(*mark.args, item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture
 def proof(request):
-    """`proof(subject)` ends a slow test that has passed with this subject before: see `proofs.py`."""
-    return proofs.checker(request)
+    """`proof(subject)` skips the test if it has passed with this subject before: see `proofs.py`."""
+    return functools.partial(proofs.check, request.node)
 
 
 def pytest_sessionfinish(session):

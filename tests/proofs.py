@@ -1,17 +1,19 @@
 """Slow tests run where what they prove has changed since they last passed.
 
-A learning check proves something of one program: as long as the text of that program is the same it learns what it
-learned. A test that starts processes proves something of the modules that it goes through. `proofs.json` holds a digest
-of what each of them passed with; `make test-all` runs all of them and writes it anew, and `make test` (so CI) runs
-those whose subject is another by now.
+A learning check proves something of one program: as long as its text is the same, it learns what it learned
+(`proof(proofs.program(...))`). A test that starts processes proves something of the modules that it goes through
+(`@pytest.mark.proves("jaxrl_dist/running", ...)`). `proofs.json` holds a digest of what each of them passed with. `make
+test-all` runs all of them and writes it anew; `make test`, and so CI, runs those whose subject is another by now.
 """
 
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +21,8 @@ FILE = Path(__file__).parent / "proofs.json"
 
 
 def digest(subject: str) -> str:
-    return hashlib.sha256(subject.encode()).hexdigest()[:16]
+    """Of the subject, and of what it is compiled by."""
+    return hashlib.sha256(f"{jax.__version__} {subject}".encode()).hexdigest()[:16]
 
 
 def sources(*paths: str) -> str:
@@ -29,6 +32,11 @@ def sources(*paths: str) -> str:
     ]
     assert files, paths
     return "\n".join(f"{file.relative_to(ROOT)} {code(file.read_text())}" for file in sorted(files))
+
+
+def program(function: Callable, *arguments) -> str:
+    """The text of what JAX traces, which depends on nothing else."""
+    return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*arguments)))
 
 
 def code(text: str) -> str:
@@ -45,17 +53,13 @@ def code(text: str) -> str:
     return ast.dump(tree)
 
 
-def checker(request) -> Callable[[str], None]:
-    """`check(subject)`: skip if this test has passed with this subject; else say what it passes with, if it does."""
-
-    def check(subject: str) -> None:
-        name, now = request.node.nodeid, digest(subject)
-        known = json.loads(FILE.read_text()) if FILE.exists() else {}
-        if known.get(name) == now and not request.config.option.all:
-            pytest.skip("has passed, and what it proves is the same since (--all runs it)")
-        request.node.user_properties.append(("proof", [name, now]))
-
-    return check
+def check(item: pytest.Item, subject: str) -> None:
+    """Skip a test that has passed with this subject; else note what it passes with, if it does."""
+    now = digest(subject)
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if known.get(item.nodeid) == now and not item.config.option.all:
+        pytest.skip("has passed, and what it proves is the same since (--all runs it)")
+    item.user_properties.append(("proof", [item.nodeid, now]))
 
 
 def write(passed) -> None:

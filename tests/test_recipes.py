@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 def house(tmp_path_factory) -> Path:
     """A copy of the house in which somebody followed the recipes for a family and an algorithm."""
     there = tmp_path_factory.mktemp("house")
-    for folder in ("jaxrl_dist", "algorithms", "envs"):
+    shutil.copy(ROOT / "pyproject.toml", there)
+    for folder in ("jaxrl_dist", "algorithms", "envs", "tests"):
         shutil.copytree(ROOT / folder, there / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in ("algorithms", "envs"):  # as they are installed
         (there / "jaxrl_dist" / folder).symlink_to(there / folder)
@@ -33,18 +34,31 @@ def house(tmp_path_factory) -> Path:
     return there
 
 
-def run(house: Path, *arguments: str) -> str:
+def start(house: Path, program: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python in the copy, which finds its own house and no installed one."""
     program = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
-        f"sys.path.insert(0, {str(house)!r}); from jaxrl_dist.cli import command; command(sys.argv[1:])"
+        f"sys.path.insert(0, {str(house)!r}); {program}"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-    done = subprocess.run(
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *arguments], cwd=house, env=environment, capture_output=True,
         text=True, timeout=600,
     )  # fmt: skip
+
+
+def run(house: Path, *arguments: str) -> str:
+    done = start(house, "from jaxrl_dist.cli import command; command(sys.argv[1:])", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def suite(house: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return start(
+        house, "import pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-p", "no:cacheprovider", *arguments,
+        "tests/algorithms/test_every_agent.py",
+    )  # fmt: skip
 
 
 def test_a_copied_file_in_a_new_family_is_found_and_trains(house):
@@ -57,6 +71,21 @@ def test_a_copied_file_in_a_new_family_is_found_and_trains(house):
     )  # fmt: skip
     assert "patient_sac on Pendulum-v1" in said
     assert (house / "runs" / "patient_sac" / "Pendulum-v1" / "mine" / "policies" / "seed_0.npz").is_file()
+
+
+def test_the_suite_fails_without_a_row_and_with_one_it_tests_the_file(house):
+    without = suite(house, "--collect-only")
+    assert without.returncode != 0
+    assert "cases.py has no row for patient_sac: every agent needs one" in without.stdout
+    cases = house / "tests" / "algorithms" / "cases.py"
+    row = '    "sac": actor_critic(soft=True),\n'
+    assert row in cases.read_text()
+    cases.write_text(cases.read_text().replace(row, row + row.replace("sac", "patient_sac")))
+    found = suite(house, "--collect-only", "-k", "patient_sac")
+    for name in ("test_probes", "test_every_float_does_what_it_says", "test_runs_depend_on_their_key_alone"):
+        assert f"{name}[patient_sac]" in found.stdout, found.stdout
+    passed = suite(house, "-k", "patient_sac and (range or refused or lengths) or every_algorithm_is_tested")
+    assert passed.returncode == 0, passed.stdout + passed.stderr
 
 
 class Coin:

@@ -12,11 +12,9 @@ variation for a finite horizon, in Wasserstein distance for discounted returns.
                      f_h = argmax over f of  sum over the transitions of step h of  log f(y | s, a)
     discounted       for t = 1, 2, ...:    y = r + gamma (1 - terminated) z',  z' ~ f_{t-1}(s', a'),  f_0 = 0 surely
                      f_t = argmax over f of  sum over batch t of  log f(y | s, a)
-    mixture          f(y | s, a) = sum over k of  w_k N(y; m_k, S_k), of which a network gives w, m and the factor
-                     W_k = (I + C_k) diag(1 / d_k) with W_k' W_k = S_k^-1, C_k strictly lower triangular
+    mixture          f(y | s, a) = sum over k of  w_k N(y; m_k, S_k), all of a network (`distributional.mixture`)
 
-One z' is drawn per transition, once, with the model that is no longer trained. Both iterations are the same
-`fit_backwards`, on the steps in reverse order or on one fresh batch per iteration.
+One z' is drawn per transition, once, with the model that is no longer trained. Both iterations are `fit_backwards`.
 
 Two baselines share the network and the fit and differ in target and loss. `categorical`: masses on a grid, the target
 is the whole next law, shifted and projected (C51). `quantile`: quantile regression on all shifted next quantiles
@@ -24,19 +22,18 @@ is the whole next law, shifted and projected (C51). `quantile`: quantile regress
 interpolated: atoms have no density that could be compared.
 
 Differences from the paper: the mixture's likelihood is a logsumexp, not the logarithm of a clipped sum; covariances are
-factored, so that none is indefinite; d_k stays within exp(-5) and exp(2), smoothly; means start spread out; the step
-size falls to 0 along a cosine; actions are one-hot; f_h starts from a new network. The paper's second generative model,
-a diffusion, is left out.
+factored, so that none is indefinite; deviations stay within exp(-5) and exp(2), smoothly; means start spread out; the
+step size falls to 0 along a cosine; actions are one-hot; f_h starts from a new network. The paper's second generative
+model, a diffusion, is left out.
 
 Run:      python algorithms/dynamic_programming/fitted_likelihood.py --samples 1000
 Expected: total variation, W1 and success probability on the combination lock: experiments/fitted_likelihood.
 """
 
-import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,14 +51,15 @@ from jaxrl_dist.configuration import (
     configuration,
     require,
 )
-from jaxrl_dist.distributional import categorical, metrics, quantile
+from jaxrl_dist.distributional import categorical, quantile
+from jaxrl_dist.distributional.metrics import total_variation, wasserstein_1
+from jaxrl_dist.distributional.mixture import Mixture, mixture_log_likelihood, mixture_of, mixture_size, sample_mixture
 from jaxrl_dist.envs import comb_lock
 from jaxrl_dist.envs.comb_lock import CombLock, Transitions
 from jaxrl_dist.learning import networks
+from jaxrl_dist.learning.optimization import begin, descend
 from jaxrl_dist.records.statistics import bootstrap_interval
 
-LOG_STD_BOUNDS = (-5.0, 2.0)  # a component that sits on one sample would otherwise shrink without end
-TRUTH_SAMPLES = 100_000
 BINS = {1: np.linspace(-1.5, 1.5, 71), 2: np.linspace(-4, 4, 31)}  # by dimension of the return, per axis
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
@@ -109,73 +107,6 @@ class Config:
     """threshold of the quantile Huber loss, in units of return"""
 
 
-def check(config: Config) -> None:
-    """Raise ValueError for settings that cannot work together."""
-    require(config.model in MODELS, f"--model is {config.model!r}; it must be one of {', '.join(MODELS)}")
-    highest = 2 if config.model == "mixture" else 1
-    require(
-        config.dimension <= highest,
-        f"--dimension is {config.dimension}; it must be at most {highest} for --model {config.model}",
-    )
-    if config.model == "categorical":
-        categorical.support(config.v_min, config.v_max, config.num_atoms)
-
-
-# -- Gaussian mixtures ------------------------------------------------------------------------------------------------
-
-
-class Mixture(NamedTuple):
-    """Gaussian mixtures, leading axes `[..., components]`."""
-
-    log_weights: jax.Array
-    means: jax.Array
-    """`[..., components, dimension]`"""
-    log_std: jax.Array
-    """`[..., components, dimension]`: of each coordinate, given those before it"""
-    mixing: jax.Array
-    """I + C, `[..., components, dimension, dimension]`: lower triangular with a diagonal of ones"""
-
-
-def mixture_size(components: int, dimension: int) -> int:
-    """How many numbers describe a mixture."""
-    return components * (1 + 2 * dimension + dimension * (dimension - 1) // 2)
-
-
-def mixture_of(head: jax.Array, components: int, dimension: int, spread: float | jax.Array) -> Mixture:
-    """The mixtures that outputs `[..., mixture_size]` of a network stand for; means are offsets from scattered ones."""
-    pieces = np.cumsum([1, dimension, dimension]) * components
-    logits, offsets, log_std, below = jnp.split(head, pieces, axis=-1)
-    offsets, log_std = (x.reshape(*x.shape[:-1], components, dimension) for x in (offsets, log_std))
-    rows, columns = np.tril_indices(dimension, -1)
-    below = below.reshape(*below.shape[:-1], components, len(rows))
-    places = np.zeros((len(rows), dimension, dimension), np.float32)
-    places[np.arange(len(rows)), rows, columns] = 1
-    low, high = LOG_STD_BOUNDS
-    log_std = low + jax.nn.softplus(high - jax.nn.softplus(high - log_std) - low)
-    scattered = np.random.default_rng(0).normal(size=(components, dimension)).astype(np.float32)
-    mixing = jnp.eye(dimension) + (below[..., None, None] * places).sum(-3)
-    return Mixture(jax.nn.log_softmax(logits), spread * scattered + offsets, log_std, mixing)
-
-
-def mixture_log_likelihood(mixture: Mixture, values: jax.Array) -> jax.Array:
-    """Log density of values `[..., dimension]` under their mixtures: `[...]`, in nats."""
-    scaled = (values[..., None, :] - mixture.means) * jnp.exp(-mixture.log_std)
-    white = (mixture.mixing * scaled[..., None, :]).sum(-1)
-    of_component = (-0.5 * white**2 - mixture.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-    return jax.nn.logsumexp(mixture.log_weights + of_component, axis=-1)
-
-
-def sample_mixture(key: jax.Array, mixture: Mixture) -> jax.Array:
-    """One sample of every mixture, `[batch, dimension]`."""
-    component_key, noise_key = jax.random.split(key)
-    chosen = jax.random.categorical(component_key, mixture.log_weights)
-    rows = jnp.arange(len(chosen))
-    means, log_std, mixing = (x[rows, chosen] for x in mixture[1:])
-    noise = jax.random.normal(noise_key, means.shape)
-    scaled = jax.scipy.linalg.solve_triangular(mixing, noise[..., None], lower=True, unit_diagonal=True)[..., 0]
-    return means + jnp.exp(log_std) * scaled
-
-
 # -- Models -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,13 +126,14 @@ class Model(NamedTuple):
 def gaussian_mixture(config: Config) -> Model:
     """The paper's: one sample of the next law per transition, and its likelihood."""
 
-    def laws(head):
+    def laws(head: jax.Array) -> Mixture:
         return mixture_of(head, config.components, config.dimension, config.initial_spread)
 
     def sample(key, head):
         return sample_mixture(key, laws(head))
 
     def target(key, reward, discount, next_head):
+        chex.assert_shape(reward, (len(discount), config.dimension))
         return reward + discount[:, None] * sample(key, next_head)
 
     def loss(head, target):
@@ -215,9 +147,11 @@ def categorical_law(config: Config) -> Model:
     support = categorical.support(config.v_min, config.v_max, config.num_atoms)
 
     def target(key, reward, discount, next_head):
+        chex.assert_shape([reward, discount[:, None]], (len(next_head), 1))
         return categorical.project_return(reward[:, 0], discount, jax.nn.softmax(next_head), support)
 
     def loss(head, target):
+        chex.assert_equal_shape([head, target])
         return categorical.cross_entropy(target, head)
 
     def sample(key, head):
@@ -233,6 +167,7 @@ def quantile_law(config: Config) -> Model:
     fractions = quantile.midpoints(config.num_atoms)
 
     def target(key, reward, discount, next_head):
+        chex.assert_shape([reward, discount[:, None]], (len(next_head), 1))
         return reward + discount[:, None] * next_head
 
     def loss(head, target):
@@ -262,27 +197,25 @@ def network_of(config: Config, model: Model) -> networks.MLP:
 
 def fit(key: jax.Array, config: Config, model: Model, inputs: jax.Array, target: jax.Array):
     """A new network fitted to constant targets: inputs `[samples, ...]`, target `[samples, ...]` -> its parameters."""
+    chex.assert_equal_shape_prefix([inputs, target], 1)
     network = network_of(config, model)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.iterations))
     network_key, batch_key = jax.random.split(key)
-    parameters = network.init(network_key, inputs[:1])
 
-    def update(carry, index):
-        parameters, optimizer_state = carry
+    def update(trained, index):
         rows = jax.random.randint(jax.random.fold_in(batch_key, index), (config.batch_size,), 0, len(inputs))
         x, y = inputs[rows], target[rows]
-        gradient = jax.grad(lambda parameters: model.loss(network.apply(parameters, x), y).mean())(parameters)
-        changes, optimizer_state = optimizer.update(gradient, optimizer_state)
-        return (optax.apply_updates(parameters, changes), optimizer_state), None
+        trained, _ = descend(optimizer, trained, lambda fitted: (model.loss(network.apply(fitted, x), y).mean(), None))
+        return trained, None
 
-    carry = parameters, optimizer.init(parameters)
-    return jax.lax.scan(update, carry, jnp.arange(config.iterations))[0][0]
+    trained = begin(optimizer, network.init(network_key, inputs[:1]))
+    return jax.lax.scan(update, trained, jnp.arange(config.iterations))[0].parameters
 
 
 def targets(key, config: Config, model: Model, parameters, batch: Transitions, discount, num_actions: int) -> jax.Array:
     """What one batch of transitions is fitted to, drawn once with the model of the step after it: `[samples, ...]`.
 
-    discount: scalar, 0 where there is no such model.
+    discount: scalar, 0 where there is no such model. (`generate_next_val` of the authors' code.)
     """
     next_inputs = inputs_of(batch.next_observation, batch.next_action, num_actions)
     next_head = network_of(config, model).apply(parameters, next_inputs)
@@ -335,26 +268,6 @@ def estimate(key: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     return samples.reshape(env.horizon, config.draws, -1), heads[0]
 
 
-def total_variation(a: np.ndarray, b: np.ndarray, edges: np.ndarray) -> float:
-    """Total variation distance of two samples `[n, dimension]`, `[m, dimension]` after binning, in [0, 1].
-
-    edges: `[bins + 1]`, the same for every axis. What lies beyond them counts in bins of its own.
-    """
-    size = len(edges) + 1
-
-    def shares(samples):
-        cells = np.digitize(np.asarray(samples), edges) @ size ** np.arange(samples.shape[-1])
-        return np.bincount(cells, minlength=size ** samples.shape[-1]) / len(samples)
-
-    return float(0.5 * np.abs(shares(a) - shares(b)).sum())
-
-
-@functools.lru_cache
-def _truth(success: float, dimension: int) -> np.ndarray:
-    """What samples are held against: many true returns, the same for all."""
-    return np.asarray(comb_lock.sample_returns(jax.random.key(0), success, TRUTH_SAMPLES, dimension))
-
-
 def errors(samples: np.ndarray, success: float) -> dict[str, float]:
     """How far samples `[n, dimension]` are from the return of a policy that succeeds with a given probability.
 
@@ -362,11 +275,11 @@ def errors(samples: np.ndarray, success: float) -> dict[str, float]:
     true samples, and the share of samples that look like a success.
     """
     dimension = samples.shape[-1]
-    truth = _truth(success, dimension)
+    truth = np.asarray(comb_lock.sample_returns(jax.random.key(0), success, 100_000, dimension))
     lines = [x[:, 0] if dimension == 1 else np.linalg.norm(x, axis=-1) for x in (np.asarray(samples), truth)]
     return {
         "total_variation": total_variation(samples, truth, BINS[dimension]),
-        "wasserstein_1": float(metrics.wasserstein_1(*lines)),
+        "wasserstein_1": float(wasserstein_1(*lines)),
         "success": float((lines[0] > (0 if dimension == 1 else comb_lock.RING_RADIUS / 2)).mean()),
     }
 
@@ -376,21 +289,25 @@ def errors(samples: np.ndarray, success: float) -> dict[str, float]:
 
 def solve(config: Config, console) -> None:
     """Fit the laws of the combination lock from logged data and print their distance from the truth."""
-    check(config)
-    horizon = CombLock().horizon
-    success = comb_lock.success_probability(config.correct, horizon=horizon)
+    model, dimension = config.model, config.dimension
+    require(model in MODELS, f"--model is {model!r}; it must be one of {', '.join(MODELS)}")
+    most = 2 if model == "mixture" else 1
+    require(dimension <= most, f"--dimension is {dimension}; it must be at most {most} for --model {model}")
+    if model == "categorical":
+        categorical.support(config.v_min, config.v_max, config.num_atoms)
+    success = comb_lock.success_probability(config.correct, horizon=CombLock().horizon)
     seeds = np.arange(config.seed, config.seed + config.seeds)
     keys = jax.vmap(jax.random.key)(seeds)
     samples, heads = jax.device_get(jax.jit(jax.vmap(estimate, in_axes=(0, None)))(keys, config))
     # Other returns of the same law: what is left of the errors when the model is perfect.
-    truth = np.asarray(comb_lock.sample_returns(jax.random.key(1), success, config.draws, config.dimension))
+    truth = np.asarray(comb_lock.sample_returns(jax.random.key(1), success, config.draws, dimension))
     rows = [errors(run[0], success) for run in samples]
-    if config.model == "mixture" and config.dimension == 1:
+    if model == "mixture" and dimension == 1:
         laws = jax.jit(mixture_of, static_argnums=(1, 2))(heads, config.components, 1, config.initial_spread)
         for row, likelihood in zip(rows, jax.jit(mixture_log_likelihood)(laws, truth).mean(-1), strict=True):
             row["log_likelihood"] = float(likelihood)
 
-    table = Table("seed", *rows[0], title=f"{config.model}: return from step 0 of the combination lock")
+    table = Table("seed", *rows[0], title=f"{model}: return from step 0 of the combination lock")
     for seed, row in zip(seeds, rows, strict=True):
         table.add_row(str(seed), *(f"{value:.3f}" for value in row.values()))
     if config.seeds > 1:

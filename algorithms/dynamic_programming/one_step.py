@@ -15,11 +15,9 @@ gamma, ties or not, and have one fixed point. Its mean is the optimal value; its
     sampled       mu(s, a) <- (1 - alpha) mu(s, a) + alpha Pi delta_t,      t = r + gamma V(s'), alpha = visits^-power
     variances     full(s, a) = one-step(s, a) + gamma^2 E[full(s')]         (law of total variance, fixed policy)
 
-The deep agent is algorithms/value_based/os_c51.py, the one of full returns c51.py.
-
-Differences from the paper: under evaluation V(s') is the mean over the policy's actions, also in the sampled version (a
-sampled action would add the policy's randomness to the law; which of the two the paper samples we could not confirm).
-The full-return operators stand here for comparison. Their tie-break is an argument.
+Differences from the paper: a policy's V(s') is the mean over its actions in the sampled version too (a sampled action
+would add the policy's randomness to the law; which of the two the paper samples we could not confirm). The operators of
+full returns, with the tie-break as an argument, are for comparison. Deep agents: value_based/os_c51.py and c51.py.
 
 Run:      python algorithms/dynamic_programming/one_step.py
           (a grid: --problem tabular/cliff --discount 0.9 --v-min -40 --v-max 0 --num-atoms 41 --sampling stream)
@@ -30,6 +28,7 @@ one-step law is all mass at 0 in both cases. More: experiments/one_step.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +40,7 @@ from jaxrl_dist.configuration import Count, Fraction, Natural, Positive, Real, c
 from jaxrl_dist.distributional import categorical, metrics, tabular
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.distributional.tabular import MDP
+from jaxrl_dist.distributional.tabular import MDP, Step
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
@@ -74,6 +73,7 @@ class Config:
     """states and actions to print at most"""
 
 
+TIES = ("first", "last")  # which action of equal ones is taken
 # From x1 (state 0) both actions lead to x2 for nothing; there action 0 ends for 0, action 1 for -1 or 1.
 TIE = tabular.mdp_from_outcomes([
     [[(1.0, 1, 0.0, False)], [(1.0, 1, 0.0, False)]],
@@ -97,6 +97,7 @@ class Problem(NamedTuple):
 
 def state_values(masses: jax.Array, problem: Problem, policy: jax.Array | None = None) -> jax.Array:
     """V of the states, `[states]`: the mean under the policy, or that of the best action."""
+    chex.assert_shape(masses, (*problem.mdp.probability.shape[:2], len(problem.support)))
     means = masses @ problem.support
     return means.max(-1) if policy is None else (policy * means).sum(-1)
 
@@ -119,6 +120,7 @@ def full_operator(
     Control is greedy for the means, and among ties for the largest `tie_break` `[states, actions]` (`tabular.greedy`).
     Evaluation contracts in the Cramer metric with rate sqrt(discount); control need not contract.
     """
+    chex.assert_shape(masses, (*problem.mdp.probability.shape[:2], len(problem.support)))
     policy = tabular.greedy(masses @ problem.support, tie_break) if policy is None else policy
     state_masses = (policy[..., None] * masses).sum(1)
     state_laws = Law(jnp.broadcast_to(problem.support, state_masses.shape), state_masses)
@@ -155,16 +157,6 @@ def iterate(operator: Callable, masses: jax.Array, support: jax.Array, iteration
 # -- Stochastic approximation -----------------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
-    """Transitions, `[...]` each."""
-
-    state: jax.Array
-    action: jax.Array
-    reward: jax.Array
-    next_state: jax.Array
-    terminated: jax.Array
-
-
 class Estimate(NamedTuple):
     """Learned masses `[states, actions, atoms]`, and how often each law was updated, `[states, actions]`."""
 
@@ -185,6 +177,7 @@ def sampled_target(
 
     Full: reward + discount * Z(next state), with Z of the policy, or of the greedy action (the first one of ties).
     """
+    chex.assert_equal_shape([step.reward, step.next_state, step.terminated])
     going_on = problem.discount * ~step.terminated
     if full:
         policy = tabular.greedy(masses @ problem.support, tolerance=0.0) if policy is None else policy
@@ -199,15 +192,11 @@ def learn_synchronously(
     *, power: float | jax.Array = 1.0, policy: jax.Array | None = None, full: bool = False,
 ) -> Estimate:  # fmt: skip
     """Categorical TD (Q-learning without a policy) that draws a transition of every state and action per update."""
-    mdp, (states, actions) = problem.mdp, problem.mdp.probability.shape[:2]
-    where = jnp.arange(states)[:, None], jnp.arange(actions)
+    where = jnp.indices(estimate.visits.shape, sparse=True)
 
     def update(estimate, index):
-        outcome = jax.random.categorical(jax.random.fold_in(key, index), jnp.log(mdp.probability))
-        _, next_state, reward, terminated = (x[*where, outcome] for x in mdp)
-        target = sampled_target(
-            estimate.masses, Step(*where, reward, next_state, terminated), problem, policy, full
-        )  # fmt: skip
+        step = tabular.sample_step(problem.mdp, *where, jax.random.fold_in(key, index))
+        target = sampled_target(estimate.masses, step, problem, policy, full)
         visits = estimate.visits + 1
         step_size = visits[..., None] ** -jnp.float32(power)
         return Estimate((1 - step_size) * estimate.masses + step_size * target, visits), None
@@ -235,15 +224,13 @@ def draw_stream(mdp: MDP, policy: jax.Array, key: jax.Array, steps: int) -> Step
     """One trajectory of a policy, `[steps]`; it starts, and goes on after an end, in a state drawn evenly."""
     start_key, key = jax.random.split(key)
 
-    def step(state, index):
+    def once(state, index):
         action_key, outcome_key, restart_key = jax.random.split(jax.random.fold_in(key, index), 3)
         action = jax.random.categorical(action_key, jnp.log(policy[state]))
-        outcome = jax.random.categorical(outcome_key, jnp.log(mdp.probability[state, action]))
-        _, next_state, reward, terminated = (x[state, action, outcome] for x in mdp)
-        following = jnp.where(terminated, jax.random.randint(restart_key, (), 0, len(policy)), next_state)
-        return following, Step(state, action, reward, next_state, terminated)
+        step = tabular.sample_step(mdp, state, action, outcome_key)
+        return jnp.where(step.terminated, jax.random.randint(restart_key, (), 0, len(policy)), step.next_state), step
 
-    return jax.lax.scan(step, jax.random.randint(start_key, (), 0, len(policy)), jnp.arange(steps))[1]
+    return jax.lax.scan(once, jax.random.randint(start_key, (), 0, len(policy)), jnp.arange(steps))[1]
 
 
 # -- Command line -----------------------------------------------------------------------------------------------------
@@ -285,9 +272,6 @@ def solve(config: Config, console: Console) -> None:
             f"  {kind} laws: {apart} from tie-break to tie-break, {moved} moved by the last iteration; after "
             f"{config.samples:,} {config.sampling} updates of Q-learning {' and '.join(errors)} from the two",
         )
-
-
-TIES = ("first", "last")
 
 
 def compared(problem: Problem, config: Config) -> dict:

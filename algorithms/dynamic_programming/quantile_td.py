@@ -31,13 +31,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import cli
 from jaxrl_dist.configuration import Count, Fraction, Natural, Positive, configuration, require
 from jaxrl_dist.distributional import quantile, tabular
 from jaxrl_dist.distributional.tabular import MDP
@@ -132,12 +132,11 @@ class Transitions(NamedTuple):
 def sample(mdp: MDP, noise: str, key: jax.Array) -> Transitions:
     """An independent transition from every state of a chain, with noise added to its reward."""
     outcome_key, noise_key = jax.random.split(key)
-    states = mdp.probability.shape[0]
-    outcome = jax.random.categorical(outcome_key, jnp.log(mdp.probability[:, 0]))
-    _, next_state, reward, terminated = (field[jnp.arange(states), 0, outcome] for field in mdp)
+    states = jnp.arange(mdp.probability.shape[0])
+    step = tabular.sample_step(mdp, states, jnp.zeros_like(states), outcome_key)
     # JAX draws multiples of 2^-23 from 0 on; the middle of each cell keeps the quantile functions finite and fair.
-    uniform = jax.random.uniform(noise_key, (states,)) + 2.0**-24
-    return Transitions(reward + NOISES[noise](uniform), next_state, terminated)
+    uniform = jax.random.uniform(noise_key, states.shape) + 2.0**-24
+    return Transitions(step.reward + NOISES[noise](uniform), step.next_state, step.terminated)
 
 
 # -- The two updates --------------------------------------------------------------------------------------------------
@@ -147,6 +146,7 @@ def td_update(
     values: jax.Array, transitions: Transitions, discount: float | jax.Array, step_size: float | jax.Array
 ) -> jax.Array:
     """TD(0) on every state at once: `[states]` -> `[states]`."""
+    chex.assert_equal_shape([values, *transitions])
     going_on = discount * ~transitions.terminated
     target = transitions.reward + going_on * values[transitions.next_state]
     return values + step_size * (target - values)
@@ -156,6 +156,8 @@ def qtd_update(
     theta: jax.Array, transitions: Transitions, discount: float | jax.Array, step_size: float | jax.Array
 ) -> jax.Array:
     """QTD on every state at once: quantiles `[states, m]` -> `[states, m]`; no entry moves by more than step_size."""
+    chex.assert_rank(theta, 2)
+    chex.assert_shape([*transitions], (len(theta),))
     going_on = discount * ~transitions.terminated
     targets = transitions.reward[:, None] + going_on[:, None] * theta[transitions.next_state]
     return theta + step_size * (quantile.midpoints(theta.shape[-1]) - share_below(targets, theta))
@@ -163,6 +165,8 @@ def qtd_update(
 
 def share_below(targets: jax.Array, theta: jax.Array) -> jax.Array:
     """Share of a state's targets `[states, n]` strictly below each of its quantiles `[states, m]`: `[states, m]`."""
+    chex.assert_rank([targets, theta], 2)
+    chex.assert_equal_shape_prefix([targets, theta], 1)
     count = jax.vmap(partial(jnp.searchsorted, side="left"))(quantile.sort_atoms(targets), theta)
     return count / targets.shape[-1]
 
@@ -293,4 +297,6 @@ def solve(config: Config, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    from jaxrl_dist import cli
+
     cli.solve(Config, solve)

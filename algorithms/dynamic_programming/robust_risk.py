@@ -28,13 +28,14 @@ Expected: one mean for the three policies, the safe one with the largest CVaR: e
 
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_dist import cli, envs
+from jaxrl_dist import envs
 from jaxrl_dist.configuration import Count, Fraction, Positive, configuration, require
 from jaxrl_dist.distributional import law as laws
 from jaxrl_dist.distributional import tabular
@@ -77,6 +78,7 @@ def two_slices(alpha: float | jax.Array) -> jax.Array:
 def evaluate(mdp: MDP, policy: jax.Array, discount: float | jax.Array, fractions: jax.Array, iterations: int) -> Law:
     """Averages of the returns of a policy `[states, actions]` between `fractions` `[n + 1]`: `[states, actions, n]`,
     the fixed point of the projected operator. Their mean is the policy's value."""
+    chex.assert_shape(policy, mdp.probability.shape[:2])
     return tabular.evaluate(mdp, policy, discount, tabular.to_averages(fractions), iterations)
 
 
@@ -90,6 +92,7 @@ def slice_weights(law: Law, fractions: jax.Array) -> jax.Array:
     slices the first row attains the minimum of the dual and the second the maximum; of tied atoms, the first listed
     count as the lower ones.
     """
+    chex.assert_rank(fractions, 1)
     atoms, masses = jnp.broadcast_arrays(*law)
     order = jnp.argsort(atoms, axis=-1)
     shared = tabular.slice_masses(jnp.take_along_axis(masses, order, axis=-1), fractions)
@@ -103,6 +106,8 @@ def substate_kernels(
 ) -> jax.Array:
     """Nature's moves: the chance, from sub-state i of (s, a), of outcome k, then action a' and sub-state j:
     `[states, actions, n, outcomes, actions, n]`, which average the mixture of `action_laws` `[states, actions, n]`."""
+    chex.assert_shape(policy, mdp.probability.shape[:2])
+    chex.assert_shape(action_laws.atoms, (*policy.shape, len(fractions) - 1))
     mixture = tabular.bellman(mdp, discount, tabular.under_policy(policy, action_laws))
     states, actions, outcomes = mdp.probability.shape
     slices = fractions.shape[0] - 1
@@ -113,6 +118,7 @@ def evaluate_kernels(mdp: MDP, discount: float | jax.Array, kernels: jax.Array) 
     """Ordinary values, by solving the linear system, of the process split into sub-states that moves by `kernels`:
     `[states, actions, n, outcomes, actions, n]` -> `[states, actions, n]`."""
     split = kernels.shape[:3]
+    chex.assert_shape(kernels, (*split, mdp.probability.shape[-1], *split[1:]))
     s, a, i = jnp.meshgrid(*(jnp.arange(size) for size in split), indexing="ij")
     weight = kernels * ~mdp.terminated[:, :, None, :, None, None]
     chain = jnp.zeros((*split, *split))
@@ -128,6 +134,7 @@ def evaluate_kernels(mdp: MDP, discount: float | jax.Array, kernels: jax.Array) 
 
 def optimal_actions(action_values: jax.Array, tolerance: float | jax.Array) -> jax.Array:
     """A*: which actions are within `tolerance` of the best of their state, `[states, actions]` bool."""
+    chex.assert_rank(action_values, 2)
     return action_values >= action_values.max(-1, keepdims=True) - tolerance
 
 
@@ -155,6 +162,7 @@ def control(
     action_values: Q*, `[states, actions]`. Actions whose averages are within `tolerance` as well are taken in order.
     Only actions of A* are ever taken, so every iterate keeps the mean Q*, up to `tolerance` / (1 - discount).
     """
+    chex.assert_shape(action_values, mdp.probability.shape[:2])
     project = tabular.to_averages(fractions)
     optimal = optimal_actions(action_values, tolerance)
     deciding = {"safe": 0, "risky": -1}[attitude]
@@ -249,4 +257,6 @@ def solve(config: Config, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    from jaxrl_dist import cli
+
     cli.solve(Config, solve)

@@ -32,16 +32,19 @@ Expected: CVaR 2.0 at initial stock -5, where the greedy risk measure and the me
 import functools
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from jaxrl_dist import envs
 from jaxrl_dist.configuration import Count, Fraction, Natural, Real, configuration, require
 from jaxrl_dist.distributional import law as law_of
 from jaxrl_dist.distributional import quantile
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.distributional.tabular import MDP
+from jaxrl_dist.distributional.tabular import MDP, sample_step
 from jaxrl_dist.envs import stock as stock_of
 from jaxrl_dist.envs.tabular import Tabular
 from jaxrl_dist.learning import networks
@@ -94,6 +97,8 @@ def laws_at(laws: jax.Array, stocks: jax.Array, state: jax.Array, stock: jax.Arr
 
     laws: `[states, stocks, ...]`; stocks: ascending `[stocks]`; state and stock: `[...]`. Returns `[..., ...]`.
     """
+    chex.assert_rank(stocks, 1)
+    chex.assert_axis_dimension(laws, 1, len(stocks))
     above = jnp.clip(jnp.searchsorted(stocks, stock, side="right"), 1, len(stocks) - 1)
     below = above - 1
     weight = jnp.clip((stock - stocks[below]) / (stocks[above] - stocks[below]), 0, 1)
@@ -104,6 +109,7 @@ def laws_at(laws: jax.Array, stocks: jax.Array, state: jax.Array, stock: jax.Arr
 def greedy_action(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
     """argmax_a mean_j f(c + theta_j), of equal ones that of the larger mean: `[...]`, `[..., actions, quantiles]` ->
     `[...]`."""
+    chex.assert_shape(stock, quantiles.shape[:-2])
     return stock_of.preferences(utility, stock, quantiles).argmax(-1)
 
 
@@ -122,6 +128,8 @@ def backup(
 
     laws and policy_laws: `[states, stocks, actions, quantiles]`, as what is returned.
     """
+    chex.assert_equal_shape([laws, policy_laws])
+    chex.assert_shape(laws, (mdp.probability.shape[0], len(stocks), mdp.probability.shape[1], None))
     num_states, num_stocks, num_actions, num_quantiles = laws.shape
     following = mdp.next_state[..., None]  # [states, actions, outcomes, stocks], as what follows
     stock = stock_of.stock_after(stocks, mdp.reward[..., None], discount)
@@ -177,6 +185,7 @@ def policy_iteration(
 
 def start_values(laws: jax.Array, stocks: jax.Array, utility: str, start: jax.Array) -> jax.Array:
     """max_pi E f(c + G) for every initial stock c of the grid, `[stocks]`; start: probabilities `[states]`."""
+    chex.assert_shape(laws, (len(start), len(stocks), None, None))
     return start @ stock_of.action_utilities(utility, stocks, laws).max(-1)
 
 
@@ -185,6 +194,7 @@ def cvar_objective(stocks: jax.Array, values: jax.Array, level: float | jax.Arra
 
     values: E min(c + G, 0) of the best policy for each c, utility `shortfall` (Rockafellar & Uryasev 2000).
     """
+    chex.assert_equal_shape([stocks, values])
     return -stocks + values / level
 
 
@@ -200,13 +210,11 @@ def simulate(
     def step(carry, index):
         state, stock, weight, total = carry
         action = act(laws, stocks, utility, state, stock)
-        chances = jnp.log(mdp.probability[state, action])
-        outcome = jax.random.categorical(jax.random.fold_in(loop_key, index), chances)
-        reward = mdp.reward[state, action, outcome]
-        total += weight * reward
-        weight *= discount * ~mdp.terminated[state, action, outcome]
-        stock = stock_of.stock_after(stock, reward, discount)
-        return (mdp.next_state[state, action, outcome], stock, weight, total), None
+        taken = sample_step(mdp, state, action, jax.random.fold_in(loop_key, index))
+        total += weight * taken.reward
+        weight *= discount * ~taken.terminated
+        stock = stock_of.stock_after(stock, taken.reward, discount)
+        return (taken.next_state, stock, weight, total), None
 
     stock = jnp.broadcast_to(jnp.asarray(initial_stock, jnp.float32), (samples,))
     carry = state, stock, jnp.ones(samples), jnp.zeros(samples)
@@ -229,10 +237,8 @@ def process_of(problem: str) -> Tabular:
     return env
 
 
-def solve(config: Config, console) -> None:
+def solve(config: Config, console: Console) -> None:
     """Iterate, then print what each initial stock promises and what its policy achieves."""
-    from rich.table import Table
-
     stock_of.check_utility(config.utility)
     for name in ("discount", "level"):
         require(getattr(config, name) > 0, f"--{name} is {getattr(config, name)}; it must be in (0, 1]")

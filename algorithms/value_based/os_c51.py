@@ -27,7 +27,7 @@ log-softmax needs no clipping. Images pass MinAtar's convolution instead of DQN'
 `--num-steps` n > 1 replaces r and gamma by the n-step return and gamma^n.
 
 Run:      python algorithms/value_based/os_c51.py --env-id CartPole-v1
-Expected: Catch-bsuite 0.7 of 1 and above within 40,000 steps: tests/algorithms/test_os_c51.py.
+Expected: Catch-bsuite 0.7 of 1 and above within 40,000 steps: tests/algorithms/test_learning.py.
 """
 
 from typing import NamedTuple

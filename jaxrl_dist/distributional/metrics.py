@@ -2,7 +2,7 @@
 
 Each law is a `Law`, or an array `[..., n]` of equally weighted samples; atoms in any order, their numbers may differ,
 leading axes broadcast. NumPy in, NumPy (float64) out; a JAX array on either side gives a JAX array, under jit, vmap and
-grad as well. ValueError for a law without atoms.
+grad as well. ValueError for a law without atoms. `total_variation` alone is of samples, which may be vectors.
 """
 
 import jax
@@ -38,6 +38,20 @@ def energy_distance(a: Law | ArrayLike, b: Law | ArrayLike) -> np.ndarray | jax.
     SciPy's function of this name is the square root.
     """
     return 2 * cramer(a, b)
+
+
+def total_variation(a: np.ndarray, b: np.ndarray, edges: np.ndarray) -> float:
+    """Total variation distance of two samples `[n, dimension]`, `[m, dimension]` after binning, in [0, 1].
+
+    edges: `[bins + 1]`, ascending, the same for every axis. What lies beyond them counts in bins of its own. NumPy in.
+    """
+    size = len(edges) + 1
+
+    def shares(samples):
+        cells = np.digitize(np.asarray(samples), edges) @ size ** np.arange(samples.shape[-1])
+        return np.bincount(cells, minlength=size ** samples.shape[-1]) / len(samples)
+
+    return float(0.5 * np.abs(shares(a) - shares(b)).sum())
 
 
 def _difference(a, b):

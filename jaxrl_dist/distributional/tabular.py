@@ -45,6 +45,16 @@ class MDP(NamedTuple):
     terminated: jax.Array
 
 
+class Step(NamedTuple):
+    """Transitions of a process, `[...]` each."""
+
+    state: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    next_state: jax.Array
+    terminated: jax.Array
+
+
 def mdp_from_arrays(
     transition: np.ndarray,
     reward: np.ndarray,
@@ -337,6 +347,16 @@ def exact_return_law(mdp: MDP, policy: np.ndarray, discount: float, state: int, 
     return Law(atoms, np.array([ended[value] for value in atoms]))
 
 
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+def sample_step(mdp: MDP, state: jax.Array, action: jax.Array, key: jax.Array) -> Step:
+    """One independent outcome for each state and action; the two broadcast."""
+    outcome = jax.random.categorical(key, jnp.log(mdp.probability[state, action]))
+    _, next_state, reward, terminated = (field[state, action, outcome] for field in mdp)
+    return Step(state, action, reward, next_state, terminated)
+
+
 def sample_returns(
     mdp: MDP, policy: jax.Array, discount: float | jax.Array, key: jax.Array, *, samples: int, steps: int
 ) -> jax.Array:
@@ -349,12 +369,11 @@ def sample_returns(
     def step(carry, index):
         state, action, weight, total = carry
         outcome_key, action_key = jax.random.split(jax.random.fold_in(key, index))
-        outcome = jax.random.categorical(outcome_key, jnp.log(mdp.probability[state, action]))
-        total += weight * mdp.reward[state, action, outcome]
-        weight *= discount * ~mdp.terminated[state, action, outcome]
-        state = mdp.next_state[state, action, outcome]
-        action = jax.random.categorical(action_key, jnp.log(policy[state]))
-        return (state, action, weight, total), None
+        taken = sample_step(mdp, state, action, outcome_key)
+        total += weight * taken.reward
+        weight *= discount * ~taken.terminated
+        action = jax.random.categorical(action_key, jnp.log(policy[taken.next_state]))
+        return (taken.next_state, action, weight, total), None
 
     carry = state, action, jnp.ones(shape), jnp.zeros(shape)
     return jax.lax.scan(step, carry, jnp.arange(steps))[0][-1]

@@ -13,7 +13,6 @@ from jaxrl_dist.algorithms.dynamic_programming import one_step
 from jaxrl_dist.algorithms.value_based import c51, dqn, os_c51
 from jaxrl_dist.distributional import categorical, metrics, tabular
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.running import training
 
 SUPPORT = jnp.arange(-2.0, 3.0)
 
@@ -169,19 +168,3 @@ def test_converges_to_the_exact_one_step_laws():
     assert metrics.wasserstein_1(Law(support, found), Law(support, wanted)).max() < 0.25
     # The laws of full returns, with the same means, are further away, every one of them.
     assert metrics.wasserstein_1(Law(support, found), Law(support, full)).min() > 0.6
-
-
-@pytest.mark.slow
-def test_learns_catch():
-    """The best return is 1: every ball caught. The median of three seeds; twice the steps that C51 gets."""
-    env, params = envs.make("Catch-bsuite")
-    config = os_c51.Config(
-        warmup_steps=512, replay_capacity=20_000, target_period=100, learning_rate=1e-3, exploration_steps=5000,
-        hidden=(64, 64), num_atoms=21, v_min=-1.0, v_max=1.0,
-    )  # fmt: skip
-    train = training.make_train(
-        os_c51.make_agent, config, env, params, total_steps=40_000, evaluations=1, eval_episodes=40
-    )
-    _, history = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
-    returns_by_seed = np.asarray(history["evaluation_return"]).mean((1, 2))
-    assert np.median(returns_by_seed) >= 0.7, returns_by_seed

@@ -1,5 +1,6 @@
 # make train, make test (or test-fast, test-all), make lint (or format), make bench, make notebook: each first sets up
-# .venv, from nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions that are allowed.
+# .venv, from nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions that are
+# allowed.
 #
 #   make train ARGS="--env-id brax/hopper --total-steps 100000"    what to train (any option of the script)
 #   make train EXTRAS=dev,cuda                                     with JAX for an NVIDIA GPU

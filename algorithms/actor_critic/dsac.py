@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
-from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration, require
+from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, configuration, require
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
@@ -50,42 +50,28 @@ from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
-from jaxrl_dist.learning.settings import Settings, check_policy_delay
+from jaxrl_dist.learning.settings import check_policy_delay
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config(Settings):
+class Config(soft.Settings):
     """Settings of DSAC; the defaults are the authors' code's. Floats can be swept within one compiled program."""
 
     steps_per_iteration: Count = 2
     updates_per_iteration: Count = 2
     warmup_steps: Count = 2_000
     replay_capacity: Count = 500_000
-    normalize_observations: bool = False
-    """normalise observations by running mean and variance"""
 
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
     polyak: Fraction = 0.001
-    """how far the target parameters move towards the online ones, once per actor update"""
     actor_learning_rate: NonNegative = 5e-5
-    """step size of the actor's Adam"""
     critic_learning_rate: NonNegative = 8e-5
-    """step size of the critic's Adam"""
     temperature_learning_rate: NonNegative = 5e-5
-    """step size of the temperature's Adam; 0 keeps the temperature where it starts"""
-    initial_temperature: Positive = 1.0
-    """alpha at the start, the weight of the policy's entropy"""
-    target_entropy_per_action: Real = -1.0
-    """entropy to which the temperature steers the policy, per action component"""
 
     actor_hidden: tuple[int, ...] = (256, 256, 256, 256, 256)
-    """widths of the actor's hidden layers"""
     critic_hidden: tuple[int, ...] = (256, 256, 256, 256, 256)
-    """widths of the critic's hidden layers"""
     activation: Literal["gelu", "relu"] = "gelu"
     """non-linearity of all hidden layers"""
     policy_delay: Count = 2

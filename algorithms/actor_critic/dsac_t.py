@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
-from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, Real, configuration, require
+from jaxrl_dist.configuration import Count, Fraction, NonNegative, Positive, configuration, require
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
@@ -47,41 +47,26 @@ from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
-from jaxrl_dist.learning.settings import Settings, check_policy_delay
+from jaxrl_dist.learning.settings import check_policy_delay
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config(Settings):
+class Config(soft.Settings):
     """Settings of DSAC-T; the defaults are the authors' code's. Floats can be swept within one compiled program."""
 
     num_envs: Count = 20
     steps_per_iteration: Count = 2
     updates_per_iteration: Count = 2
-    normalize_observations: bool = False
-    """normalise observations by running mean and variance"""
 
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
-    polyak: Fraction = 0.005
-    """how far the target parameters move towards the online ones, once per actor update"""
     actor_learning_rate: NonNegative = 1e-4
-    """step size of the actor's Adam"""
     critic_learning_rate: NonNegative = 1e-4
-    """step size of the critics' Adam"""
-    temperature_learning_rate: NonNegative = 3e-4
-    """step size of the temperature's Adam; 0 keeps the temperature where it starts"""
     initial_temperature: Positive = 2.718
-    """alpha at the start, the weight of the policy's entropy"""
-    target_entropy_per_action: Real = -1.0
-    """entropy to which the temperature steers the policy, per action component"""
 
     actor_hidden: tuple[int, ...] = (256, 256, 256)
-    """widths of the actor's hidden layers"""
     critic_hidden: tuple[int, ...] = (256, 256, 256)
-    """widths of each critic's hidden layers"""
     activation: Literal["gelu", "relu"] = "gelu"
     """non-linearity of all hidden layers"""
     policy_delay: Count = 2

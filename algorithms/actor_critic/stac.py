@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
-from jaxrl_dist.configuration import Bounds, Fraction, NonNegative, Positive, Real, configuration
+from jaxrl_dist.configuration import Bounds, NonNegative, Positive, configuration
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, networks, policies, portable, soft
@@ -43,38 +43,19 @@ from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
-from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config(Settings):
+class Config(soft.Settings):
     """Settings of STAC; the defaults are the paper's. Floats can be swept within one compiled program."""
 
-    normalize_observations: bool = False
-    """normalise observations by running mean and variance"""
-
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
-    polyak: Fraction = 0.005
-    """how far the target parameters move towards the online ones at every update"""
-    actor_learning_rate: NonNegative = 3e-4
-    """step size of the actor's Adam"""
-    critic_learning_rate: NonNegative = 3e-4
-    """step size of the critic's Adam"""
     temperature_learning_rate: NonNegative = 3e-4
     """relative step size of the temperature's gradient descent; 0 keeps the temperature where it starts"""
     initial_temperature: Positive = 0.2
-    """alpha at the start, the weight of the policy's entropy"""
-    target_entropy_per_action: Real = -1.0
-    """entropy to which the temperature steers the policy, per action component"""
 
-    actor_hidden: tuple[int, ...] = (256, 256)
-    """widths of the actor's hidden layers"""
-    critic_hidden: tuple[int, ...] = (256, 256)
-    """widths of the critic's hidden layers"""
     pessimism: NonNegative = 0.25
     """beta, standard deviations subtracted from the mean; 0 is indifferent to chance"""
     actor_dropout: Annotated[float, Bounds(0, 0.9)] = 0.01

@@ -1,4 +1,4 @@
-"""What soft actor-critics share: a squashed Gaussian actor, its temperature, and how they act, explore and export."""
+"""What soft actor-critics share: settings, a squashed Gaussian actor, its temperature, and how they act and export."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_dist.configuration import Fraction, NonNegative, Positive, Real, configuration
 from jaxrl_dist.learning import networks, policies, portable
+from jaxrl_dist.learning import settings as of_replay
 from jaxrl_dist.learning.normalization import normalize
 from jaxrl_dist.learning.optimization import Trained, descend
 
@@ -18,6 +20,34 @@ PENDULUM = {
     "warmup_steps": 1_000, "batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64),
     "actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "temperature_learning_rate": 1e-3,
 }  # fmt: skip
+
+
+@configuration
+class Settings(of_replay.Settings):
+    """What a soft actor-critic can be told; the defaults are SAC's, arXiv 1812.05905."""
+
+    normalize_observations: bool = False
+    """normalise observations by running mean and variance"""
+
+    discount: Fraction = 0.99
+    """gamma, the weight of the next step's return"""
+    polyak: Fraction = 0.005
+    """how far the target parameters move towards the online ones, whenever they do"""
+    actor_learning_rate: NonNegative = 3e-4
+    """step size of the actor's Adam"""
+    critic_learning_rate: NonNegative = 3e-4
+    """step size of the critics' Adam"""
+    temperature_learning_rate: NonNegative = 3e-4
+    """step size of the temperature's Adam; 0 keeps the temperature where it starts"""
+    initial_temperature: Positive = 1.0
+    """alpha at the start, the weight of the policy's entropy"""
+    target_entropy_per_action: Real = -1.0
+    """entropy to which the temperature steers the policy, per action component"""
+
+    actor_hidden: tuple[int, ...] = (256, 256)
+    """widths of the actor's hidden layers"""
+    critic_hidden: tuple[int, ...] = (256, 256)
+    """widths of each critic's hidden layers"""
 
 
 class Actor(nn.Module):

@@ -20,6 +20,8 @@ import proofs
 import pytest
 import toys
 
+from jaxrl_dist import cli
+
 # A pytest plug-in may have imported jax before this file.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -82,16 +84,18 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Seconds of all tests by folder and by algorithm: what adding one costs, and where CI's time goes."""
-    folders, algorithms, names = Counter(), Counter(), {*toys.agents()}
+    """Seconds of all tests by folder, family and algorithm: what adding one costs, and where CI's time goes."""
+    sums, modules = {"folder": Counter(), "family": Counter(), "algorithm": Counter()}, cli.algorithms()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if not isinstance(report, pytest.TestReport):
                 continue
             path = report.nodeid.partition("::")[0]
-            folders[Path(path).parts[1] if path.count("/") > 1 else Path(path).stem] += report.duration
-            for name in words_of(report.nodeid) & names:
-                algorithms[name] += report.duration
-    for title, seconds in (("folder", folders), ("algorithm", algorithms)):
+            folder = Path(path).parts[1] if path.count("/") > 1 else Path(path).stem
+            sums["folder"][folder] += report.duration
+            for name in words_of(report.nodeid) & modules.keys() if folder == "algorithms" else ():
+                sums["algorithm"][name] += report.duration
+                sums["family"][modules[name].split(".")[-2]] += report.duration
+    for title, seconds in sums.items():
         terminalreporter.section(f"seconds by {title}")
         terminalreporter.write_line("  ".join(f"{name} {total:.0f}" for name, total in seconds.most_common()))

@@ -26,12 +26,15 @@ def digest(subject: str) -> str:
 
 
 def sources(*paths: str) -> str:
-    """The code of files and folders of the repository, without comments, docstrings and layout."""
-    files = [
-        file for path in paths for file in ([ROOT / path] if (ROOT / path).is_file() else (ROOT / path).rglob("*.py"))
-    ]
-    assert files, paths
-    return "\n".join(f"{file.relative_to(ROOT)} {code(file.read_text())}" for file in sorted(files))
+    """The code of files and folders, without comments, docstrings and layout; files that are no Python as they are."""
+    subjects = []
+    for path in paths:
+        files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
+        assert files, path
+        subjects += [
+            f"{x.relative_to(ROOT)} {code(x.read_text()) if x.suffix == '.py' else x.read_text()}" for x in files
+        ]
+    return "\n".join(subjects)
 
 
 def program(function: Callable, *arguments) -> str:

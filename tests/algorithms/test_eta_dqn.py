@@ -444,6 +444,9 @@ def test_presets_are_configurations_of_their_environments():
 
 
 @pytest.mark.slow
+@pytest.mark.proves(
+    "algorithms/value_based/eta_dqn.py", "envs/stock.py", "jaxrl_dist/learning", "jaxrl_dist/distributional"
+)
 def test_learns_the_gamble():
     """The policies of dynamic programming from three initial stocks, and CVaR 0.5, 2.0 in truth, from the best one."""
     preset = dict(eta_dqn.PRESETS["stock/gamble"])

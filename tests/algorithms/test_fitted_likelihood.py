@@ -338,6 +338,9 @@ def test_settings_that_cannot_work_are_named(settings, message):
 
 
 @pytest.mark.slow
+@pytest.mark.proves(
+    "algorithms/dynamic_programming/fitted_likelihood.py", "jaxrl_dist/learning", "jaxrl_dist/distributional"
+)
 def test_the_law_of_the_combination_lock_is_learned():
     config = fle.Config(samples=2_000)  # 4000 transitions for each step, half of them in either hidden state
     keys = jax.random.split(jax.random.key(0), 2)

@@ -324,6 +324,7 @@ def test_interval_of_a_ratio_draws_seeds_in_pairs():
 
 
 @pytest.mark.slow
+@pytest.mark.proves("algorithms/dynamic_programming/quantile_td.py", "jaxrl_dist/distributional")
 def test_quantiles_win_under_heavy_tails_and_lose_where_nothing_is_random():
     ratios = {}
     for transition, noise in (("dense", "t2"), ("cycle", "none")):

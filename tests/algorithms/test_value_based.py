@@ -15,30 +15,22 @@ from jaxrl_dist.learning import portable
 
 # eta_dqn asks for a stock beside the observation: it has tests of its own.
 NAMES = [name for name, row in cases.CASES.items() if row.world is cases.DISCRETE]
-DISTRIBUTIONAL = [name for name in NAMES if name not in ("dqn", "os_c51")]
-FEW_ATOMS = {
-    "dqn": {},
-    "c51": {"num_atoms": 7, "v_min": -10.0, "v_max": 10.0},
-    "os_c51": {"num_atoms": 7, "v_min": -10.0, "v_max": 10.0},
-    "rainbow": {"num_atoms": 7, "v_min": -10.0, "v_max": 10.0},
-    "qr_dqn": {"num_quantiles": 6},
-    "mmd_dqn": {"num_particles": 6},
-    "iqn": {"num_fractions": 5, "num_target_fractions": 6, "num_policy_fractions": 7, "cosines": 8},
-    "fqf": {"num_fractions": 6, "cosines": 8},
-}
+DISTRIBUTIONAL = [name for name in NAMES if hasattr(cases.module(name).Config(), "risk")]
+CATEGORICAL = [name for name in NAMES if "v_min" in cases.row(name).small]
 
 every_algorithm = pytest.mark.parametrize("name", NAMES)
 
 
 def small_agent(name, env=None, **settings):
-    settings = by_hand.TINY_VALUE | {"replay_capacity": 120} | FEW_ATOMS[name] | settings
+    own = {field: value for field, value in cases.row(name).small.items() if field not in cases.VALUE}
+    settings = by_hand.TINY_VALUE | {"replay_capacity": 120} | own | settings
     return by_hand.agent_on(cases.module(name), env or by_hand.Choices(), **settings)
 
 
 def larger_weights(name, state):
     """The state with weights so large that actions and laws differ from observation to observation."""
     # Larger logits would make certain laws, and so ties between the values of actions.
-    factor = 2.0 if name in ("c51", "os_c51", "rainbow") else 3.0
+    factor = 2.0 if name in CATEGORICAL else 3.0
     network = jax.tree.map(lambda x: factor * x, state.learner.network.parameters)
     return state._replace(learner=by_hand.changed(state.learner, network=network, target_network=network))
 
@@ -67,11 +59,7 @@ def started(request):
 
 
 def variants(name) -> list[dict]:
-    if name == "dqn":
-        return [{"dueling": False}]
-    if name == "os_c51":
-        return [{}]
-    return [{"risk": risk} for risk in RISKS]
+    return [{"risk": risk} for risk in RISKS] if name in DISTRIBUTIONAL else [{}]
 
 
 def risk_value(text: str, atoms: np.ndarray, masses: np.ndarray) -> float:
@@ -160,7 +148,7 @@ def test_unknown_risks_are_refused(name, risk):
         small_agent(name, risk=risk)
 
 
-@pytest.mark.parametrize("name", ["c51", "os_c51", "rainbow"])
+@pytest.mark.parametrize("name", CATEGORICAL)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

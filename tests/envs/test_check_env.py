@@ -97,6 +97,7 @@ def test_types_of_every_listed_environment(env_id):
 
 
 @pytest.mark.slow
+@pytest.mark.proves("envs", "constraints.txt")
 @pytest.mark.parametrize("env_id", ["brax/hopper", "brax/inverted_pendulum"])
 def test_brax_environments_pass_without_warning(env_id):
     env, params = make(env_id)

@@ -23,6 +23,7 @@ def test_available_lists_every_family():
 
 
 @pytest.mark.slow
+@pytest.mark.proves("envs", "constraints.txt")
 @pytest.mark.parametrize("env_id", available()["gymnax"])
 def test_every_gymnax_environment_steps(env_id):
     env, params = make(env_id)
@@ -41,6 +42,7 @@ def test_every_gymnax_environment_steps(env_id):
 
 
 @pytest.mark.slow
+@pytest.mark.proves("envs", "constraints.txt")
 @pytest.mark.parametrize("env_id", available()["brax"])
 def test_every_brax_environment_traces_with_stable_types(env_id):
     env, params = make(env_id)
@@ -249,6 +251,7 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.slow
+@pytest.mark.proves("envs", "constraints.txt")
 def test_brax_is_imported_late_and_quietly():
     code = (
         "import sys, jaxrl_dist.envs as envs\n"

@@ -51,6 +51,7 @@ def test_states_are_drawn_from_all_snapshots_of_their_own_seed(laboratory):
 
 
 @pytest.mark.slow
+@pytest.mark.proves("experiments/value_error", "jaxrl_dist", "algorithms/actor_critic")
 def test_measures_and_writes(laboratory, tmp_path, monkeypatch):
     small = {"warmup_steps": 200, "batch_size": 16, "actor_hidden": (8,), "critic_hidden": (8,)}
     monkeypatch.setitem(laboratory.SETTINGS, "Pendulum-v1", {"total_steps": 600, "config": small})

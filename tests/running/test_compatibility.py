@@ -25,8 +25,11 @@ ENVIRONMENTS = [env_id for ids in envs.available().values() for env_id in ids]
 KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble")
 
 every_algorithm = pytest.mark.parametrize("name", MODULES)
+# Tracing brax takes its time.
+SUBJECTS = ("algorithms", "envs", "jaxrl_dist/learning", "jaxrl_dist/running/compatibility.py", "constraints.txt")
+RARELY = pytest.mark.slow, pytest.mark.proves(*SUBJECTS)
 every_environment = pytest.mark.parametrize(
-    "env_id", [pytest.param(i, marks=pytest.mark.slow) if i.startswith("brax/") else i for i in ENVIRONMENTS]
+    "env_id", [pytest.param(i, marks=RARELY) if i.startswith("brax/") else i for i in ENVIRONMENTS]
 )
 
 

@@ -75,6 +75,7 @@ def compare(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running/training.py", "jaxrl_dist/learning", "algorithms")
 @pytest.mark.parametrize("name", ["td3", "rainbow"])
 def test_eight_devices_do_together_what_one_does(name):
     run_with_devices(DEVICES, f"import test_data_parallel; test_data_parallel.compare({name!r})")
@@ -104,6 +105,7 @@ def train_stop_and_resume(folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running", "jaxrl_dist/learning/devices.py")
 def test_a_split_run_is_recorded_stopped_and_resumed_on_other_devices(tmp_path):
     run_with_devices(DEVICES, f"import test_data_parallel; test_data_parallel.train_stop_and_resume({str(tmp_path)!r})")
 

@@ -317,6 +317,7 @@ def test_without_gymnasium_the_error_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running", "jaxrl_dist/learning", "constraints.txt")
 def test_an_agent_trained_in_the_jitted_environment_scores_the_same_in_gymnasium(tmp_path, capsys):
     preset = dict(sac.PRESETS["Pendulum-v1"])
     options = problem.RunOptions(

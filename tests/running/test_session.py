@@ -118,6 +118,7 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running", "jaxrl_dist/records")
 def test_kill_nine_at_any_moment(finished, tmp_path):
     """Killed again and again at random moments, the run still ends as if nothing had happened."""
     script = Path(tqc.__file__)

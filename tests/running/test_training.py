@@ -334,6 +334,7 @@ def test_abstract_training_describes_what_begin_returns(compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running/training.py", "jaxrl_dist/learning", "algorithms")
 def test_two_devices_compute_what_one_does(compiled, tmp_path):
     script = """
 import sys
@@ -421,6 +422,7 @@ def test_no_calibration_where_it_cannot_be_or_is_not_wanted():
 
 
 @pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running/training.py", "jaxrl_dist/learning", "algorithms/actor_critic/tqc.py")
 def test_tqc_runs_in_map_mode_are_those_of_the_run_alone():
     config = tqc.Config(
         warmup_steps=8, batch_size=4, replay_capacity=64, actor_hidden=(16, 16), critic_hidden=(16, 16), num_critics=2,

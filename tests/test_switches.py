@@ -57,6 +57,8 @@ def same(a, b) -> bool:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/switches.py", "jaxrl_dist/learning", "algorithms")
 @pytest.mark.parametrize(("name", "env_id"), [("dqn", "Catch-bsuite"), ("td3", "Pendulum-v1")])
 def test_the_results_are_those_without_64_bits(name, env_id):
     train = small_train(name, env_id)

@@ -109,7 +109,6 @@ def laws_at(laws: jax.Array, stocks: jax.Array, state: jax.Array, stock: jax.Arr
 def greedy_action(utility: str, stock: jax.Array, quantiles: jax.Array) -> jax.Array:
     """argmax_a mean_j f(c + theta_j), of equal ones that of the larger mean: `[...]`, `[..., actions, quantiles]` ->
     `[...]`."""
-    chex.assert_shape(stock, quantiles.shape[:-2])
     return stock_of.preferences(utility, stock, quantiles).argmax(-1)
 
 

@@ -125,6 +125,8 @@ def train_on_devices(folder: str) -> None:
         train(Path(folder) / devices, GRID[::2], num_seeds=4, devices=devices, runs_mode="map")
 
 
+@pytest.mark.slow
+@pytest.mark.proves("jaxrl_dist/running", "jaxrl_dist/studies", "jaxrl_dist/learning/devices.py")
 def test_eight_devices_give_the_study_of_one(tmp_path):
     run_with_devices(8, f"import test_study; test_study.train_on_devices({str(tmp_path)!r})")
     one, eight = (tmp_path / devices / "tqc" / "Pendulum-v1" / "some" for devices in ("1", "all"))

@@ -50,7 +50,7 @@ from jaxrl_dist.learning.spaces import continuous_action_size
 
 @configuration
 class Config(soft.Settings):
-    """Settings of SAC; the defaults, those of `soft.Settings` too, are the paper's. Floats can be swept in one program."""
+    """Settings of SAC; all defaults are the paper's. Floats can be swept within one compiled program."""
 
     num_critics: Count = 2
     """number of critics whose minimum is taken"""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.distributional.metrics import cramer, energy_distance, wasserstein_1
+from jaxrl_dist.distributional.metrics import cramer, energy_distance, total_variation, wasserstein_1
 
 samples = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
 
@@ -115,3 +115,15 @@ def test_laws_broadcast_under_jit_and_keep_jax_arrays():
 
 def test_whole_numbers_are_samples_too():
     assert wasserstein_1(jnp.array([0, 1]), jnp.array([3])) == 2.5
+
+
+def test_total_variation_by_hand():
+    edges = np.array([0.0, 1, 2])
+    a, b = np.array([[0.5], [1.5], [1.5], [1.5]]), np.array([[0.5], [0.5], [1.5], [9.0]])
+    assert total_variation(a, a, edges) == 0
+    assert total_variation(a, b, edges) == pytest.approx(0.5)  # shares .25 .75 0 against .5 .25 .25
+    assert total_variation(a, np.full((3, 1), 9.0), edges) == 1  # beyond the edges is not clipped into a bin
+    assert total_variation(np.full((2, 1), -9.0), np.full((3, 1), 9.0), edges) == 1
+    corners = np.array([[0.5, 0.5], [1.5, 1.5]])
+    assert total_variation(corners, corners[:, ::-1], edges) == 0
+    assert total_variation(corners, np.array([[0.5, 1.5], [1.5, 0.5]]), edges) == 1  # the same marginals

@@ -312,3 +312,31 @@ def test_a_deprecation_that_our_code_sets_off_is_an_error(category):
 def test_every_test_has_a_time_limit(request):
     assert 0 < float(request.config.getini("timeout")) <= 900
     assert request.config.getini("timeout_method") == "thread"
+
+
+# -- algorithm files --------------------------------------------------------------------------------------------------
+
+ALGORITHM_FILES = sorted(path for path in (REPOSITORY / "algorithms").rglob("*.py") if path.name != "__init__.py")
+MOST_LINES = 330
+
+
+@pytest.mark.parametrize("path", ALGORITHM_FILES, ids=lambda path: path.stem)
+def test_algorithm_files_stay_short(path):
+    """One file is one paper; what makes it longer belongs to the toolkit, or to another paper."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("path", ALGORITHM_FILES, ids=lambda path: path.stem)
+def test_losses_and_targets_of_agents_begin_with_the_shapes_they_take(path):
+    """What broadcasts in silence is wrong in silence."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if not any(node.name == "make_agent" for node in functions):
+        pytest.skip("no agent")
+    found = [node for node in functions if "loss" in node.name or node.name.startswith("target_")]
+    assert found
+    for node in found:
+        first = node.body[1] if ast.get_docstring(node) else node.body[0]
+        while isinstance(first, ast.Assign):  # names for sizes may come before
+            first = node.body[node.body.index(first) + 1]
+        assert ast.unparse(first).startswith("chex.assert_"), f"{path.name}: {node.name}"

@@ -28,7 +28,7 @@ def house(tmp_path_factory) -> Path:
     family.mkdir()
     (family / "__init__.py").write_text('"""Agents that look far ahead."""\n')
     source = (there / "algorithms" / "actor_critic" / "sac.py").read_text()
-    changed = source.replace("    discount: Fraction = 0.99\n", "    discount: Fraction = 0.999\n")
+    changed = source.replace("    num_critics: Count = 2\n", "    num_critics: Count = 7\n")
     assert changed != source
     (family / "patient_sac.py").write_text(changed)
     return there
@@ -63,7 +63,7 @@ def suite(house: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_a_copied_file_in_a_new_family_is_found_and_trains(house):
     helped = run(house, "train", "patient_sac", "--help")
-    assert "0.999" in helped
+    assert "(default: 7)" in helped
     said = run(
         house, "train", "patient_sac", "--total-steps", "120", "--warmup-steps", "64", "--batch-size", "16",
         "--num-seeds", "1", "--actor-hidden", "8", "--critic-hidden", "8", "--eval-episodes", "1", "--eval-states", "0",

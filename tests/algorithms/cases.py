@@ -99,6 +99,8 @@ class Case(NamedTuple):
     """floats that belong to a switch that is off"""
     more_parts: Callable[[Any, dict], dict] = lambda state, parts: parts
     """what else of a state is looked at by name"""
+    draws: bool = False
+    """whether its targets are drawn: actions, noise, fractions"""
     old_rows: Callable[[Any], Any] = lambda state: state
     """a state whose next batch is of what was stored before"""
 
@@ -167,7 +169,7 @@ def actor_critic(small=(), quiet=(), feels=(), metrics="", soft=False, polyak=Tr
         ACTOR_CRITIC_FEELS | follows | (SOFT_FEELS if soft else EXPLORES_BY_NOISE) | dict(feels),
         ACTOR_CRITIC_METRICS + ("temperature largest_bonus entropy " if soft else "saturation ") + metrics,
         CONTINUOUS,
-        **({"learns": PENDULUM, "iterations": 900} | more),
+        **({"learns": PENDULUM, "iterations": 900, "draws": soft} | more),
     )
 
 
@@ -207,7 +209,7 @@ CASES = {
             "target_noise": feels("critic_optimizer", "replay"),
             "target_noise_clip": feels("critic_optimizer", "replay"),
         },
-        learns=PENDULUM._replace(steps=15_000),
+        learns=PENDULUM._replace(steps=15_000), draws=True,
     ),
     "ddpg": actor_critic(
         feels=TARGET_ACTOR_FEELS | {
@@ -263,7 +265,7 @@ CASES = {
     ),
     "iqn": value_based(
         {"num_fractions": 5, "num_target_fractions": 6, "num_policy_fractions": 7, "cosines": 8},
-        feels={"kappa": OF_THE_LOSS},
+        feels={"kappa": OF_THE_LOSS}, draws=True,
     ),
     "fqf": value_based(
         {"num_fractions": 6, "cosines": 8},
@@ -279,7 +281,7 @@ CASES = {
             "initial_noise": feels("network optimizer"), "priority_exponent": feels("priorities"),
             "importance_exponent": LATER,  # weights are all 1 at first
         },
-        "clipped_mass", more_parts=with_priorities, old_rows=draws_old_rows, iterations=500,
+        "clipped_mass", more_parts=with_priorities, old_rows=draws_old_rows, iterations=500, draws=True,
     ),
     # The mean needs no stock, and must find the values that QR-DQN finds.
     "eta_dqn": value_based(

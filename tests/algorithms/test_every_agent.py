@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import programs
+import proofs
 import pytest
 import toys
 
 from jaxrl_dist import cli
 from jaxrl_dist.configuration import check_configuration
+from jaxrl_dist.distributional import law
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 from jaxrl_dist.learning import networks, returns
 from jaxrl_dist.learning.optimization import Trained
@@ -80,7 +82,9 @@ def failed_with(name: str, only_cases: tuple[str, ...], world=None, **settings) 
     return failed(probe_errors(name, programs.build(name, world, only_cases, **settings), only_cases))
 
 
-def test_probes_over_three_steps():
+def test_probes_over_three_steps(proof):
+    agent = programs.build("rainbow", num_steps=3).agent(0)
+    proof(proofs.program(agent.step, jax.eval_shape(agent.init, jax.random.key(0))))
     assert not failed_with("rainbow", CASES, num_steps=3)
 
 
@@ -178,14 +182,16 @@ def test_runs_depend_on_their_key_alone(name, lived):
     for state in (start, late):
         for leaf in jax.tree.leaves(state):
             np.testing.assert_array_equal(leaf[built.base], leaf[twice])
-    # Another key: other weights everywhere, and other actions from the first one on.
+    # Another key: other weights everywhere, and other actions from the first one on. Some biases start at 0, and
+    # Rainbow's noise starts alike.
     weights = [
         (path, leaf) for path, leaf in jax.tree.leaves_with_path(learned(start.learner))
-        if "kernel" in jax.tree_util.keystr(path) and "noise" not in jax.tree_util.keystr(path)  # Rainbow's are alike
+        if re.search("kernel|bias", jax.tree_util.keystr(path)) and "noise" not in jax.tree_util.keystr(path)
     ]  # fmt: skip
-    assert len(weights) >= 3
+    assert len(weights) >= 6
     for path, leaf in weights:
-        assert (leaf[built.base] != leaf[other]).all(), path
+        assert ((leaf[built.base] != leaf[other]) | (leaf[built.base] == 0)).all(), path
+        assert leaf.any() or "bias" in jax.tree_util.keystr(path), path
     actions = start.experience.replay.rows.action
     size = start.experience.replay.size[0]
     assert (actions[built.base, :size] != actions[other, :size]).mean() > 0.2
@@ -310,6 +316,13 @@ def test_targets_bootstrap_at_a_truncation_and_not_at_a_termination(name):
     np.testing.assert_allclose(targets[:2], reward, rtol=1e-4)
     assert targets[2] == targets[3]
     assert abs(targets[2] - reward) > 1e-3
+    if not cases.row(name).draws:  # the target's networks are still those that act and predict
+        agent, successor = built.agent(built.base), row.next_observation[None]
+        lane = jax.tree.map(lambda x: x[built.base], state)
+        action = agent.policy.act(lane, successor, (), jax.random.key(0))[0]
+        value = float(law.mean(agent.claim.law(lane, successor, action))[0])
+        assert abs(value) > 1e-3
+        assert targets[2] == pytest.approx(reward + cases.DISCOUNT * value, abs=2e-3)
 
 
 # -- the settings of the loop, and fields that are no floats -----------------------------------------------------------

@@ -11,6 +11,7 @@ import by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
+import proofs
 import pytest
 
 from jaxrl_dist import envs
@@ -36,8 +37,8 @@ def process():
     return env, params
 
 
-def learned(algorithm, **settings) -> Law:
-    """The laws of all states and actions after training, `[states, actions, n]`."""
+def learned(algorithm, proof, **settings) -> Law:
+    """The laws of all states and actions after training, `[states, actions, n]`; `proof` as in `proofs.py`."""
     env, params = process()
     config = dataclasses.replace(algorithm.Config(), **(COMMON | settings))
 
@@ -51,6 +52,7 @@ def learned(algorithm, **settings) -> Law:
         observation, action = jnp.repeat(jnp.eye(5), 2, axis=0), jnp.tile(jnp.arange(2), 5)
         return jax.tree.map(lambda x: x.reshape(5, 2, -1), agent.claim.law(state, observation, action))
 
+    proof(proofs.program(train, config, jax.random.key(0)))
     return by_hand.quick(train)(config, jax.random.key(0))
 
 
@@ -78,8 +80,8 @@ IMPLICIT = {
     ],
     ids=["c51", "qr_dqn", "iqn", "mmd_dqn"],
 )
-def test_converges_to_the_projected_fixed_point(algorithm, settings, projection, tolerance):
-    found, wanted = learned(algorithm, **settings), exact(projection)
+def test_converges_to_the_projected_fixed_point(algorithm, settings, projection, tolerance, proof):
+    found, wanted = learned(algorithm, proof, **settings), exact(projection)
     distance = np.asarray(metrics.wasserstein_1(found, wanted))
     assert distance.max() < tolerance
     # The states' laws themselves lie much further apart.

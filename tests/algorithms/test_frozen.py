@@ -1,7 +1,9 @@
 """The rebuilt agents compute what they computed before: metrics and state after three iterations."""
 
 import frozen_numbers
+import jax
 import numpy as np
+import proofs
 import pytest
 import toys
 from scipy.optimize import linear_sum_assignment
@@ -17,9 +19,13 @@ def differences(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", toys.agents())
-def test_nothing_has_changed(name):
+def test_nothing_has_changed(name, proof):
     module = cli.find_algorithm(name)
     world = frozen_numbers.world(name, module)
+    agent = module.make_agent(frozen_numbers.small_config(module), *world)
+    key = jax.random.key(7)
+    state = jax.eval_shape(agent.init, key)
+    proof(proofs.program(agent.init, key) + proofs.program(agent.step, state))
     found = frozen_numbers.numbers(module.make_agent, frozen_numbers.small_config(module), *world)
     with np.load(frozen_numbers.FOLDER / f"{name}.npz") as file:
         expected = dict(file)

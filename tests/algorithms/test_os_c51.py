@@ -6,6 +6,7 @@ import by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
+import proofs
 import pytest
 
 from jaxrl_dist import envs
@@ -137,7 +138,7 @@ def test_risk_is_not_offered():
     np.testing.assert_array_equal(law.masses, np.ones((2, 1)))
 
 
-def test_converges_to_the_exact_one_step_laws():
+def test_converges_to_the_exact_one_step_laws(proof):
     """As C51 in test_exact_laws, on the same process: one-hot observations, so that only the update decides."""
     env, params = envs.make("tabular/garnet", states=5, actions=2, branching=2, end_probability=0.2, seed=3)
     config = os_c51.Config(
@@ -156,6 +157,8 @@ def test_converges_to_the_exact_one_step_laws():
         state, _ = jax.lax.scan(phase, agent.init(key), jnp.array([1e-2, 3e-3, 1e-3, 3e-4]))
         logits = os_c51.Network(config.hidden, 2, config.num_atoms).apply(state.learner.network.parameters, jnp.eye(5))
         return jax.nn.softmax(logits)
+
+    proof(proofs.program(train, config, jax.random.key(0)))
 
     def exact(operator):
         return one_step.iterate(operator, one_step.initial_masses(problem), support, 60)[0]

@@ -11,6 +11,7 @@ from jaxrl_dist.running import training
 CAPACITY = 12_344  # no other array has this size
 
 
+@pytest.mark.proves("jaxrl_dist/running/training.py", "jaxrl_dist/learning", "constraints.txt")
 @pytest.mark.parametrize(("num_envs", "runs", "mode"), [(1, 1, "map"), (8, 1, "map"), (1, 2, "vmap"), (1, 2, "map")])
 def test_training_never_copies_the_replay(num_envs, runs, mode):
     """With one update per step the write and the reads stand in one loop body, where XLA once copied at every step."""

@@ -191,6 +191,15 @@ def worked(tmp_path_factory, cache) -> tuple[Path, list[dict]]:
     return runs, [json.loads((runs / f"seen_{number}.json").read_text()) for number in (0, 1)]
 
 
+of_processes = pytest.mark.proves(
+    "jaxrl_dist/running",
+    "jaxrl_dist/studies",
+    "jaxrl_dist/cli.py",
+    "jaxrl_dist/learning/devices.py",
+    "algorithms/value_based/c51.py",
+)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """The short run in this one process, on its one device."""
@@ -198,13 +207,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_two_processes_give_the_run_of_one(worked, alone):
     runs, seen = worked
     assert [one["devices"] for one in seen] == [4, 4]
@@ -216,13 +219,7 @@ def test_two_processes_give_the_run_of_one(worked, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_a_signal_to_one_process_stops_both_and_they_go_on(worked, alone):
     runs, seen = worked
     assert seen[0]["stopped"]
@@ -232,13 +229,7 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on(worked, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_a_checkpoint_of_two_processes_goes_on_in_one(worked, alone):
     runs, _ = worked
     folder = runs / "moved" / "c51" / "CartPole-v1" / "run"
@@ -249,13 +240,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(worked, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_a_study_of_two_processes_is_that_of_one(worked, tmp_path):
     options = dataclasses.replace(OPTIONS, runs_folder=str(tmp_path), eval_every=400, checkpoint_every=0, **SHORT)
     folder = study.train("c51", c51.make_agent, CONFIG, options, GRID, Console(quiet=True))
@@ -268,13 +253,7 @@ def test_a_study_of_two_processes_is_that_of_one(worked, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_what_goes_wrong_in_one_process_is_an_error_in_both(worked):
     first, second = worked[1]
     assert "already holds a run" in first["taken"]
@@ -292,13 +271,7 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_both(worked):
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_two_processes_split_one_run_as_two_devices_do(cache, tmp_path):
     split = ["--data-parallel", "True", "--num-seeds", "1", "--total-steps", "232"]
     two = start_two(cache, tmp_path / "two", *split)
@@ -315,13 +288,7 @@ def test_two_processes_split_one_run_as_two_devices_do(cache, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_an_error_ends_both_tasks_of_slurm_with_its_exit_code(cache, tmp_path, monkeypatch):
     """The tasks meet through the variables that `srun` sets."""
     for name, value in {
@@ -342,13 +309,7 @@ def test_an_error_ends_both_tasks_of_slurm_with_its_exit_code(cache, tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_processes_that_do_not_meet_end_with_one_clear_line(cache, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_"))]:
         monkeypatch.delenv(name)
@@ -375,13 +336,7 @@ def kill_after_a_checkpoint(processes, folder: Path, victim: int, number: signal
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "jaxrl_dist/running",
-    "jaxrl_dist/studies",
-    "jaxrl_dist/cli.py",
-    "jaxrl_dist/learning/devices.py",
-    "algorithms/value_based/c51.py",
-)
+@of_processes
 def test_a_lost_process_ends_the_run_which_goes_on_from_its_checkpoint(cache, tmp_path):
     """First process 1 is killed, then process 0 hangs (which only its missing heartbeats tell), then one goes on."""
     folder = tmp_path / "c51" / "CartPole-v1" / "run"

@@ -38,9 +38,9 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
-# The slow tests, too, whose subject has not changed since they passed; writes tests/proofs.json.
+# Those, too, whose subject has not changed since they passed; writes tests/proofs.json.
 test-all: $(READY)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --all $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --all --prove $(PYTEST_ARGS)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup -m "not slow" $(PYTEST_ARGS)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from jaxrl_dist.configuration import ConfigurationError, Count, Seed, check_value, require
 from jaxrl_dist.running import arguments as words_of
-from jaxrl_dist.running.catalog import algorithms, display_name, find_algorithm, title
+from jaxrl_dist.running.catalog import agents, algorithms, display_name, find_algorithm, title
 from jaxrl_dist.wording import alternatives, counted, nearest
 
 BROKEN = 1
@@ -332,8 +332,7 @@ def _support(environments: Mapping[str, Sequence[str]]) -> Table:
     """What accepts what; environments of a family with the same answers share a row, algorithms a column."""
     from jaxrl_dist.running import compatibility
 
-    modules = {name: find_algorithm(name) for name in sorted(algorithms())}
-    trained = {name: module for name, module in modules.items() if hasattr(module, "make_agent")}
+    trained = agents()
     refusals = {
         (family, env_id): row for family, ids in environments.items()
         for env_id, row in compatibility.refusals(trained, ids).items()

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -18,9 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import proofs
 import pytest
-import toys
 
-from jaxrl_dist import cli
+from jaxrl_dist.running import catalog
 
 # A pytest plug-in may have imported jax before this file.
 jax.config.update("jax_platforms", "cpu")
@@ -32,20 +30,13 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="slow tests, too, whose subject has not changed: see proofs.py")
-
-
-def words_of(nodeid: str) -> set[str]:
-    """The algorithms that a test is about: that of its file, and those among its parameters."""
-    path, _, rest = nodeid.partition("::")
-    return {Path(path).stem.removeprefix("test_"), *re.findall(r"\w+", rest.partition("[")[2])}
+    parser.addoption("--all", action="store_true", help="tests, too, whose subject has not changed: see proofs.py")
+    parser.addoption("--prove", action="store_true", help="note in proofs.json what passes")
 
 
 def group_of(nodeid: str) -> str:
     """The agent that a test of the algorithms is about, else the file that it is in."""
-    path = nodeid.partition("::")[0]
-    agents = sorted({*toys.agents()} & words_of(nodeid)) if "algorithms" in Path(path).parts else ()
-    return agents[0] if agents else path
+    return proofs.agent_of(nodeid) or nodeid.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items):
@@ -70,6 +61,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtest_setup(item):
     if mark := item.get_closest_marker("proves"):
         proofs.check(item, proofs.sources(*mark.args, item.nodeid.partition("::")[0]))
+    elif found := proofs.group(item):
+        name, subject = found
+        proofs.check(item, subject, name)
 
 
 @pytest.fixture
@@ -79,13 +73,14 @@ def proof(request):
 
 
 def pytest_sessionfinish(session):
-    if session.config.option.all and not hasattr(session.config, "workerinput"):
-        proofs.write(session.config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", ()))
+    if session.config.option.prove and not hasattr(session.config, "workerinput"):
+        stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
+        proofs.write(stats.get("passed", ()), [*stats.get("failed", ()), *stats.get("error", ())])
 
 
 def pytest_terminal_summary(terminalreporter):
     """Seconds of all tests by folder, family and algorithm: what adding one costs, and where CI's time goes."""
-    sums, modules = {"folder": Counter(), "family": Counter(), "algorithm": Counter()}, cli.algorithms()
+    sums, modules = {"folder": Counter(), "family": Counter(), "algorithm": Counter()}, catalog.algorithms()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if not isinstance(report, pytest.TestReport):
@@ -93,7 +88,7 @@ def pytest_terminal_summary(terminalreporter):
             path = report.nodeid.partition("::")[0]
             folder = Path(path).parts[1] if path.count("/") > 1 else Path(path).stem
             sums["folder"][folder] += report.duration
-            for name in words_of(report.nodeid) & modules.keys() if folder == "algorithms" else ():
+            for name in proofs.algorithms_of(report.nodeid):
                 sums["algorithm"][name] += report.duration
                 sums["family"][modules[name].split(".")[-2]] += report.duration
     for title, seconds in sums.items():

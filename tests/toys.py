@@ -153,11 +153,6 @@ def run_with_devices(count: int, code: str) -> None:
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
 
 
-def agents() -> list[str]:
-    """The algorithms that are agents; those of dynamic programming are not."""
-    return sorted(name for name in cli.algorithms() if hasattr(cli.find_algorithm(name), "make_agent"))
-
-
 def at_home(name: str) -> tuple:
     """An algorithm on the environment of its first preset: its module, the preset's settings, and env, env_params."""
     module = cli.find_algorithm(name)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pkgutil
 from pathlib import Path
+from types import ModuleType
 
 from jaxrl_dist.wording import alternatives, nearest
 
@@ -31,6 +32,13 @@ def find_algorithm(name: str):
         hint = f"did you mean {alternatives(near)}?" if near else f"known ones: {', '.join(sorted(known))}"
         raise ValueError(f"NAME is {name!r}, which is no algorithm; {hint}")
     return importlib.import_module(known[name])
+
+
+@functools.cache
+def agents() -> dict[str, ModuleType]:
+    """The algorithms that are agents, imported; the others are methods without one, such as dynamic programming."""
+    modules = {name: find_algorithm(name) for name in sorted(algorithms())}
+    return {name: module for name, module in modules.items() if hasattr(module, "make_agent")}
 
 
 def title(name: str) -> str:

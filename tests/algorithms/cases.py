@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_dist import cli
 from jaxrl_dist.envs import stock
 from jaxrl_dist.envs.probe import Probe, ProbeParams
+from jaxrl_dist.running.catalog import find_algorithm
 
 DISCOUNT = 0.7
 # Episodes of the probes last three steps, where nothing else ends them: time limits are frequent.
@@ -305,4 +305,4 @@ def row(name: str) -> Case:
 
 
 def module(name: str):
-    return cli.find_algorithm(name)
+    return find_algorithm(name)

@@ -63,16 +63,10 @@ def world(name: str, module) -> tuple:
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path += [str(Path(__file__).parents[1])]
-    import toys
-
-    from jaxrl_dist import cli
+    from jaxrl_dist.running import catalog
 
     FOLDER.mkdir(exist_ok=True)
-    for name in toys.agents():
-        module = cli.find_algorithm(name)
+    for name, module in catalog.agents().items():
         found = numbers(module.make_agent, small_config(module), *world(name, module))
         np.savez_compressed(FOLDER / f"{name}.npz", **found)
         print(name, len(found), flush=True)

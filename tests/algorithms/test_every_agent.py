@@ -14,17 +14,16 @@ import optax
 import programs
 import proofs
 import pytest
-import toys
 
-from jaxrl_dist import cli
 from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.distributional import law
 from jaxrl_dist.envs.probe import CASES, Probe, ProbeParams
 from jaxrl_dist.learning import networks, returns
 from jaxrl_dist.learning.optimization import Trained
 from jaxrl_dist.learning.settings import Settings
+from jaxrl_dist.running import catalog
 
-AGENTS = toys.agents()
+AGENTS = [*catalog.agents()]
 every_agent = pytest.mark.parametrize("name", AGENTS)
 CRITICS = [name for name in AGENTS if not cases.row(name).world.num_actions]
 
@@ -33,7 +32,7 @@ def test_every_algorithm_is_tested():
     """An agent has a row; a method that is none has tests of its own; no row is of an algorithm that is gone."""
     assert set(cases.CASES) == set(AGENTS)
     here = Path(__file__).parent
-    for name in set(cli.algorithms()) - set(AGENTS):
+    for name in set(catalog.algorithms()) - set(AGENTS):
         assert (here / f"test_{name}.py").is_file(), f"{name} has no tests"
 
 

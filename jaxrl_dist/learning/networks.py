@@ -21,19 +21,21 @@ class MLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     output_bound: float | None = None
     glorot: bool = False
+    orthogonal: tuple[float, float] | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        layers = EnsembleMLP(1, self.features, self.activation, self.output_bound, self.glorot, name="layers")
-        return layers(inputs)[:, 0]
+        options = self.activation, self.output_bound, self.glorot, self.orthogonal
+        return EnsembleMLP(1, self.features, *options, name="layers")(inputs)[:, 0]
 
 
 class EnsembleMLP(nn.Module):
     """Independent networks on a shared input, `[batch, inputs]` -> `[batch, members, features[-1]]`.
 
     Weights and biases start uniform in ±1/sqrt(fan-in), PyTorch's default, on which the papers' codes rely; those of
-    the last layer in ±output_bound where one is given. With `glorot` weights start uniform in
-    ±sqrt(6 / (fan-in + fan-out)) and biases at 0. There is no activation after the last layer.
+    the last layer in ±output_bound where one is given. With `glorot` weights start uniform in ±sqrt(6 / (fan-in +
+    fan-out)) and biases at 0; with `orthogonal`, the gains of the hidden layers and of the last one, weights start as
+    orthogonal matrices times their gain, and biases at 0. There is no activation after the last layer.
 
     Parameters are one pytree with a leading member axis: kernels `[members, inputs, outputs]`, biases
     `[members, outputs]`. Whether the products run batched or one by one is a matter of speed, not of the result.
@@ -44,6 +46,7 @@ class EnsembleMLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     output_bound: float | None = None
     glorot: bool = False
+    orthogonal: tuple[float, float] | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -54,6 +57,8 @@ class EnsembleMLP(nn.Module):
             bias_initializer = initializer
             if self.glorot:
                 initializer, bias_initializer = _uniform((6 / (fan_in + width)) ** 0.5), nn.initializers.zeros
+            if self.orthogonal:
+                initializer, bias_initializer = _orthogonal(self.orthogonal[last]), nn.initializers.zeros
             kernel = self.param(f"kernel_{index}", initializer, (self.members, fan_in, width))
             bias = self.param(f"bias_{index}", bias_initializer, (self.members, width))
             layers.append((kernel, bias))
@@ -213,6 +218,27 @@ class NoisyDense(nn.Module):
 
 def _signed_root(x: jax.Array) -> jax.Array:
     return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+
+def _orthogonal(gain: float):
+    """Matrices with orthogonal rows or columns, whichever are fewer, evenly distributed (Saxe et al. 2014).
+
+    The nearest orthogonal matrix to a Gaussian one, by Newton and Schulz's iteration: several QR decompositions in one
+    program can wait for each other for ever on a CPU of two cores.
+    """
+
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        matrix = jax.random.normal(key, shape, dtype)
+        tall = matrix if shape[-2] >= shape[-1] else matrix.mT
+        tall = tall / jnp.sqrt((tall**2).sum((-2, -1), keepdims=True))
+
+        def nearer(_, x):  # every singular value s becomes (3 s - s^3) / 2, until all are 1
+            return 1.5 * x - 0.5 * x @ (x.mT @ x)
+
+        tall = jax.lax.fori_loop(0, 60, nearer, tall)
+        return gain * (tall if shape[-2] >= shape[-1] else tall.mT)
+
+    return draw
 
 
 def _uniform(bound: float):

@@ -1,6 +1,7 @@
 """Action distributions: sampling, log-density and mode as pure functions of a network's outputs."""
 
 import math
+from typing import NamedTuple
 
 import chex
 import jax
@@ -64,3 +65,44 @@ def epsilon_greedy(key: jax.Array, values: jax.Array, epsilon: float | jax.Array
 def linear_schedule(start: float | jax.Array, end: float | jax.Array, steps: int, now: jax.Array) -> jax.Array:
     """From `start` at step 0 in a straight line to `end` at step `steps`, and `end` from there on."""
     return start + (end - start) * jnp.clip(now / steps, 0, 1)
+
+
+# -- laws of actions ---------------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """Laws of one of n actions, by `[..., n]` logits."""
+
+    logits: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, self.logits).astype(jnp.int32)
+
+    def mode(self) -> jax.Array:
+        return self.logits.argmax(-1).astype(jnp.int32)
+
+    def log_density(self, action: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(self.logits), action[..., None], axis=-1)[..., 0]
+
+    def entropy(self) -> jax.Array:
+        return jax.scipy.special.entr(jax.nn.softmax(self.logits)).sum(-1)
+
+
+class Gaussian(NamedTuple):
+    """Laws of independent components, `[..., actions]`; log densities and entropies are sums over them."""
+
+    mean: jax.Array
+    log_std: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+
+    def mode(self) -> jax.Array:
+        return self.mean
+
+    def log_density(self, action: jax.Array) -> jax.Array:
+        noise = (action - self.mean) / jnp.exp(self.log_std)
+        return (-0.5 * noise**2 - self.log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+
+    def entropy(self) -> jax.Array:
+        return (self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(-1)

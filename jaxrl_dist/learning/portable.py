@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PLATFORMS = ("cpu", "cuda", "tpu")
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
+    "tanh": np.tanh,
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
 }
 
@@ -43,13 +44,15 @@ UTILITIES = {
 
 
 def mlp_policy(
-    layers: Mapping[str, Any], action_size: int, normalizer=None, activation: str = "relu"
+    layers: Mapping[str, Any], action_size: int, normalizer=None, activation: str = "relu", squash: bool = True
 ) -> dict[str, Any]:
     """Arrays of the policy tanh(mlp(normalised observation)[:action_size]) from an `EnsembleMLP` of one member.
 
+    Without `squash` the outputs are cut to [-1, 1] instead.
+
     `layers` may also have `norm_scale_i` and `norm_bias_i`, a layer normalisation (epsilon 1e-5) before the activation
-    of layer i. `normalizer` is a `normalization.RunningStatistics` or None; `activation` is "relu" or "gelu" (tanh
-    form).
+    of layer i. `normalizer` is a `normalization.RunningStatistics` or None; `activation` is "relu", "tanh" or "gelu"
+    (its tanh form).
     """
     arrays = _layers("", layers)
     if activation not in ACTIVATIONS:
@@ -59,12 +62,18 @@ def mlp_policy(
     last = sum(name.startswith("kernel_") for name in layers) - 1
     arrays[f"kernel_{last}"] = arrays[f"kernel_{last}"][:, :action_size]
     arrays[f"bias_{last}"] = arrays[f"bias_{last}"][:action_size]
-    if normalizer is not None:
-        arrays |= {"observation_mean": normalizer.mean, "observation_variance": normalizer.variance}
-    return arrays
+    if not squash:
+        arrays["cut"] = np.int32(1)
+    return arrays | _statistics(normalizer)
 
 
-def greedy_policy(parameters: Mapping[str, Any], num_actions: int, **extra: Any) -> dict[str, Any]:
+def _statistics(normalizer) -> dict[str, Any]:
+    if normalizer is None:
+        return {}
+    return {"observation_mean": normalizer.mean, "observation_variance": normalizer.variance}
+
+
+def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=None, **extra: Any) -> dict[str, Any]:
     """Arrays of the policy that takes the action of largest value, from the parameters of a `networks.Torso` ("torso"),
     and of a `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").
 
@@ -83,7 +92,7 @@ def greedy_policy(parameters: Mapping[str, Any], num_actions: int, **extra: Any)
     for prefix, layers in parts.items():
         if layers is not None:
             arrays |= _layers(prefix, layers["layers"])
-    return arrays | extra
+    return arrays | _statistics(normalizer) | extra
 
 
 def _layers(prefix: str, layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,15 +216,17 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             broken = int((~np.isfinite(array)).sum())
             need(broken == 0, f"holds {name!r}, of which {broken} of {array.size} numbers are not finite")
     need("num_actions" in arrays or "action_low" in arrays, "holds no policy: neither num_actions nor action_low")
+    if "observation_mean" in arrays or "observation_variance" in arrays:
+        for name in ("observation_mean", "observation_variance"):
+            need(name in arrays, f"has no array {name!r}")
+        shape("observation_variance", *arrays["observation_mean"].shape)
+        need((arrays["observation_variance"] >= 0).all(), "holds a negative number in 'observation_variance'")
     if "num_actions" not in arrays:
         size = outputs("", shape("kernel_0", None, None)[0])
         for name in ("action_low", "action_high"):
             shape(name, *([size] if arrays.get(name, np.zeros(1)).ndim else []))
         if "observation_mean" in arrays or "observation_variance" in arrays:
-            inputs = len(arrays["kernel_0"])
-            shape("observation_mean", inputs)
-            shape("observation_variance", inputs)
-            need((arrays["observation_variance"] >= 0).all(), "holds a negative number in 'observation_variance'")
+            shape("observation_mean", len(arrays["kernel_0"]))
         return
     shape("num_actions")
     actions = int(arrays["num_actions"])
@@ -247,18 +258,24 @@ def _squashed(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.nda
     half_range = (arrays["action_high"] - arrays["action_low"]) / 2
 
     def policy(observation: np.ndarray) -> np.ndarray:
-        inputs = np.asarray(observation, np.float32)
-        if "observation_mean" in arrays:
-            deviation = np.sqrt(arrays["observation_variance"] + 1e-8)
-            inputs = np.clip((inputs - arrays["observation_mean"]) / deviation, -10, 10)
-        return arrays["action_low"] + half_range * (np.tanh(_perceptron(arrays, "", inputs)) + 1)
+        outputs = _perceptron(arrays, "", _normalized(arrays, observation))
+        bounded = np.clip(outputs, -1, 1) if "cut" in arrays else np.tanh(outputs)
+        return arrays["action_low"] + half_range * (bounded + 1)
 
     return policy
 
 
+def _normalized(arrays: Mapping[str, np.ndarray], observation: np.ndarray) -> np.ndarray:
+    inputs = np.asarray(observation, np.float32)
+    if "observation_mean" not in arrays:
+        return inputs
+    deviation = np.sqrt(arrays["observation_variance"] + 1e-8)
+    return np.clip((inputs - arrays["observation_mean"]) / deviation, -10, 10)
+
+
 def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     def policy(observation: np.ndarray) -> np.ndarray:
-        features = np.asarray(observation, np.float32)
+        features = _normalized(arrays, observation)
         if "utility" in arrays:
             stock = features[:, -1:]
             features = np.concatenate([features[:, :-1], stock / arrays["stock_scale"]], axis=1)

@@ -43,3 +43,28 @@ def n_step(
     later = jnp.where(taken[1:], power[:-1] * reward[1:], 0).sum(0)
     discount = jnp.where((taken & terminated).any(0), 0, power[-1])
     return NStep(reward[0] + later, discount, taken.sum(0, dtype=jnp.int32))
+
+
+def gae(
+    reward: jax.Array,
+    value: jax.Array,
+    next_value: jax.Array,
+    terminated: jax.Array,
+    truncated: jax.Array,
+    gamma: float | jax.Array,
+    decay: float | jax.Array,
+) -> jax.Array:
+    """Advantages of the steps of a rollout, `[steps, ...]` each -> `[steps, ...]`.
+
+    A_t = delta_t + gamma decay A_{t+1} within an episode, delta_t = r_t + gamma V(s_{t+1}) - V(s_t), where a
+    termination has no successor's value (generalised advantage estimation, Schulman et al., arXiv 1506.02438).
+    `next_value` is the value of the true successor: a time limit bootstraps from it, and cuts the sum like any end.
+    """
+    delta = reward + bootstrap_discount(gamma, terminated) * next_value - value
+    weight = gamma * decay * (1 - (terminated | truncated).astype(jnp.float32))
+
+    def back(later: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        advantage = step[0] + step[1] * later
+        return advantage, advantage
+
+    return jax.lax.scan(back, jnp.zeros_like(delta[0]), (delta, weight), reverse=True)[1]

@@ -101,6 +101,8 @@ class Case(NamedTuple):
     """what else of a state is looked at by name"""
     draws: bool = False
     """whether its targets are drawn: actions, noise, fractions"""
+    replay: bool = True
+    """whether it has one, and the `Settings` that go with it"""
     old_rows: Callable[[Any], Any] = lambda state: state
     """a state whose next batch is of what was stored before"""
 
@@ -282,6 +284,19 @@ CASES = {
             "importance_exponent": LATER,  # weights are all 1 at first
         },
         "clipped_mass", more_parts=with_priorities, old_rows=draws_old_rows, iterations=500, draws=True,
+    ),
+    "ppo": Case(
+        {
+            "num_envs": 4, "num_steps": 16, "num_epochs": 2, "num_minibatches": 4, "hidden": (16, 16),
+            "discount": DISCOUNT, "learning_rate": 1e-2,
+        },
+        {"entropy_weight": 0.0, "learning_rate": 3e-3},
+        dict.fromkeys(
+            ("discount", "gae_decay", "clip_range", "value_weight", "entropy_weight", "learning_rate", "adam_epsilon",
+             "gradient_bound"), feels("parameters", "interaction"),
+        ),
+        EPISODES + "loss policy_loss value_loss entropy approximate_kl clipped_ratios value target gradient_norm",
+        DISCRETE, Learning("CartPole-v1", 100_000, 300), replay=False, iterations=300,
     ),
     # The mean needs no stock, and must find the values that QR-DQN finds.
     "eta_dqn": value_based(

@@ -70,10 +70,12 @@ def build(name: str, world: World | None = None, only_cases: tuple[str, ...] = C
         return module.make_agent(config, world.env, world.params(config, case))
 
     def looks(agent, state):
-        """The greedy action at every look, and the mean of the law there: of this action, or of every one."""
+        """The greedy action at every look, and the mean of the law there: of this action, or of each that there is."""
         key = jax.random.key(0)
         action = agent.policy.act(state, world.observation, (), key)[0]
-        taken = [action] if not world.num_actions else [jnp.full_like(action, one) for one in range(world.num_actions)]
+        taken = [action]
+        if world.num_actions and not agent.claim.of_states:
+            taken = [jnp.full_like(action, one) for one in range(world.num_actions)]
         values = jnp.stack([law.mean(agent.claim.law(state, world.observation, one)) for one in taken])
         return {"action": action, "value": values}
 
@@ -112,7 +114,8 @@ def of(name: str) -> Programs:
 
 def parts(name: str, state) -> dict[str, Any]:
     """What an iteration changes, by name."""
-    found = by_hand.parts(state.learner) | {"replay": state.experience.replay.rows}
+    lived = {"replay": state.experience.replay.rows} if cases.row(name).replay else {"interaction": state.interaction}
+    found = by_hand.parts(state.learner) | lived
     return cases.row(name).more_parts(state, found)
 
 

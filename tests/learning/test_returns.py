@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_dist.learning import returns
 from jaxrl_dist.learning.returns import bootstrap_discount, n_step
 
 
@@ -82,3 +83,55 @@ def test_what_lies_outside_a_window_cannot_reach_it():
     flags = jnp.zeros((3, 1), bool)
     assert float(n_step(reward, flags, flags.at[1].set(True), ~flags, 0.5).reward[0]) == 2.0
     assert float(n_step(reward, flags, flags, ~flags.at[2].set(True), 0.5).reward[0]) == 2.0
+
+
+# -- advantages -------------------------------------------------------------------------------------------------------
+
+
+def gae(reward, values, last, terminated=(), truncated=(), final=None, gamma=0.9, decay=0.8):
+    """Of one environment; `final` is the value of the true successor where an episode was cut."""
+    steps = np.arange(len(reward))
+    following = np.append(values[1:], last)
+    if final is not None:
+        following[list(truncated)] = final
+    numbers = np.float32(reward), np.float32(values), np.float32(following)
+    flags = np.isin(steps, terminated), np.isin(steps, truncated)
+    return returns.gae(*map(jnp.asarray, (*numbers, *flags)), gamma, decay)
+
+
+def test_advantages_by_hand():
+    reward, values = [1, 0, 2, 1], [0.5, 0.4, 0.3, 0.2]
+    np.testing.assert_allclose(gae(reward, values, 0.6, terminated=[1]), [0.572, -0.4, 2.8448, 1.34], rtol=1e-5)
+    cut = gae(reward, values, 0.6, truncated=[1], final=0.7)
+    np.testing.assert_allclose(cut[:2], [1.0256, 0.23], rtol=1e-5)
+    ones, values = [1, 1, 1], [0.5, 0.4, 0.3]
+    np.testing.assert_allclose(gae(ones, values, 0.2), [1.942592, 1.5036, 0.88], rtol=1e-6)
+    np.testing.assert_allclose(gae(ones, values, 0.2, terminated=[1]), [1.292, 0.6, 0.88], rtol=1e-6)
+    np.testing.assert_allclose(gae(ones, values, 0.2, truncated=[1], final=0.6), [1.6808, 1.14, 0.88], rtol=1e-6)
+
+
+def test_advantages_are_sums_of_errors_within_the_episode():
+    """Every lambda, against sums written out: A_t = sum over k of (gamma lambda)^k delta_{t+k}, up to the end."""
+    rng = np.random.default_rng(0)
+    reward, value, following = rng.normal(size=(3, 20, 4)).astype(np.float32)
+    terminated, truncated = rng.random((2, 20, 4)) < 0.15
+    for decay in (0.0, 0.7, 1.0):
+        found = returns.gae(*map(jnp.asarray, (reward, value, following, terminated, truncated)), 0.9, decay)
+        delta = reward + 0.9 * ~terminated * following - value
+        for t in range(20):
+            for env in range(4):
+                total, weight = 0.0, 1.0
+                for k in range(t, 20):
+                    total += weight * delta[k, env]
+                    weight *= 0.9 * decay
+                    if terminated[k, env] or truncated[k, env]:
+                        break
+                assert found[t, env] == pytest.approx(total, abs=1e-5)
+
+
+def test_the_sum_of_rewards_and_the_one_step_target_are_the_ends_of_lambda():
+    reward, values = [1, 0, 2, 1], np.float32([0.5, 0.4, 0.3, 0.2])
+    full = gae(reward, values, 0.6, decay=1.0) + values
+    assert full[0] == pytest.approx(1 + 0.81 * 2 + 0.729 + 0.9**4 * 0.6)
+    one_step = gae(reward, values, 0.6, decay=0.0) + values
+    np.testing.assert_allclose(one_step, reward + 0.9 * np.append(values[1:], 0.6), rtol=1e-6)

@@ -1,0 +1,77 @@
+"""What on-policy agents share: rollouts of the present policy, and epochs of minibatches over what they brought."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxrl_dist.agent import nothing_to_remember
+from jaxrl_dist.configuration import require
+from jaxrl_dist.learning import interaction
+from jaxrl_dist.learning.devices import split_rows
+from jaxrl_dist.learning.interaction import Average, Interaction, Transition
+
+
+class Rollout(NamedTuple):
+    """`steps` steps of every environment, leaves `[steps, num_envs, ...]`."""
+
+    transition: Transition
+    beside: Any
+    """what the policy said with its actions, such as their log-densities"""
+
+
+def collect(
+    env,
+    env_params,
+    now: Interaction,
+    key: jax.Array,
+    steps: int,
+    policy: Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any, Any]],
+    remember: Callable[[int], Any] = nothing_to_remember,
+) -> tuple[Interaction, Rollout, dict[str, Average]]:
+    """Let a policy act for `steps` steps in every environment.
+
+    policy: `(observation, memory, key) -> (action, memory, beside)`, leaves `[num_envs, ...]`; remember:
+    `Policy.start`. Returns where the environments stand then, what happened, and return and length of the episodes that
+    ended.
+    """
+
+    def one(now: Interaction, key: jax.Array):
+        act_key, step_key = jax.random.split(key)
+        action, memory, beside = policy(now.observation, now.memory, act_key)
+        now, transition, episodes = interaction.step(env, env_params, now, action, step_key, memory, remember)
+        return now, (Rollout(transition, beside), episodes)
+
+    now, (rollout, episodes) = jax.lax.scan(one, now, jax.random.split(key, steps))
+    return now, rollout, jax.tree.map(lambda x: x.sum(0), episodes)
+
+
+def epochs(
+    update: Callable[[Any, Any], tuple[Any, Any]],
+    learner: Any,
+    data: Any,
+    key: jax.Array,
+    *,
+    num_epochs: int,
+    num_minibatches: int,
+) -> tuple[Any, Any]:
+    """Go `num_epochs` times through `data`, leaves `[rows, ...]`, in minibatches of rows in an order drawn each time.
+
+    update: `(learner, minibatch) -> (learner, metrics)`. Only numbers of rows are shuffled, the data stays where it is.
+    Returns the learner and all metrics, leaves `[num_epochs, num_minibatches, ...]`. Raises ConfigurationError where
+    the rows do not divide into the minibatches.
+    """
+    rows = jax.tree.leaves(data)[0].shape[0]
+    require(
+        rows % num_minibatches == 0,
+        f"--num-minibatches is {num_minibatches}; it must divide the {rows} steps of a rollout",
+    )
+
+    def one(learner: Any, numbers: jax.Array):
+        return update(learner, split_rows(jax.tree.map(lambda x: x[numbers], data)))
+
+    def epoch(learner: Any, key: jax.Array):
+        order = jax.random.permutation(key, rows).reshape(num_minibatches, -1)
+        return jax.lax.scan(one, learner, order)
+
+    return jax.lax.scan(epoch, learner, jax.random.split(key, num_epochs))

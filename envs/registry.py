@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,10 @@ import gymnax
 import numpy as np
 from gymnax.registration import registered_envs
 
+from jaxrl_dist import outside
+from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.envs.bridge import Bridge, check_params
+from jaxrl_dist.envs.check import NEEDED, EnvironmentCheckError, check_env
 from jaxrl_dist.envs.comb_lock import CombLock
 from jaxrl_dist.envs.one_hot import one_hot_observations
 from jaxrl_dist.envs.probe import Probe, probe_params
@@ -20,6 +24,8 @@ from jaxrl_dist.envs.rescaling import rescale_actions
 from jaxrl_dist.envs.stock import GENERATORS as WITH_STOCK
 from jaxrl_dist.envs.stock import StockAugmented
 from jaxrl_dist.envs.tabular import GENERATORS
+
+_CHECKED: set[tuple[str, str]] = set()
 
 # Environments that cannot run, and why: `available` leaves them out, `make` says so.
 UNAVAILABLE = {
@@ -67,7 +73,9 @@ def available() -> dict[str, list[str]]:
 def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     """The environment and its parameters, `(env, env_params)`.
 
-    Continuous actions are rescaled to Box(-1, 1); observations that are the number of a state become one-hot vectors.
+    Besides the names of `available`, `module:name` and `path/file.py:name` name a class, an instance, or a function
+    that makes one, alone or with its parameters; what it is goes through `check_env` first. Continuous actions are
+    rescaled to Box(-1, 1); observations that are the number of a state become one-hot vectors.
 
     An option is an argument of the environment's constructor (`size=16`; for brax also `backend`), or a field of its
     parameters (`max_steps_in_episode=100`, `max_torque=1.0`; for the probe also `case="discounting"`). A value may be
@@ -77,10 +85,12 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     if env_id in UNAVAILABLE:
         raise ValueError(f"environment {env_id!r} is not available: {UNAVAILABLE[env_id]}")
     known = [i for ids in available().values() for i in ids]
-    if env_id not in known and not env_id.startswith("stock/"):
+    if not outside.is_outside(env_id) and env_id not in known and not env_id.startswith("stock/"):
         raise ValueError(f"environment {env_id!r} is unknown, {_nearest(env_id, known)}")
 
-    if env_id == "probe":
+    if outside.is_outside(env_id):
+        construct, arguments = _outside(env_id)
+    elif env_id == "probe":
         construct, arguments = Probe, _arguments(Probe)
         if "case" in options:
             options = options | {"case": probe_params(options["case"]).case}
@@ -100,22 +110,57 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     else:
         construct, arguments = partial(gymnax.make, env_id), _arguments(type(gymnax.make(env_id)[0]))
     chosen = {k: _read(k, v, arguments[k]) for k, v in options.items() if k in arguments}
-    env = construct(**chosen)
-    env = env[0] if isinstance(env, tuple) else env
-
+    made = construct(**chosen)
     # The parameters come second, since they may depend on the constructor (DeepSea's time limit is its size).
-    params = env.default_params
-    fields = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
+    env, params = made if isinstance(made, tuple) else (made, made.default_params)
+    fields = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)} if is_dataclass(params) else {}
     for name in options:
         if name not in arguments and name not in fields:
             allowed = ", ".join([*arguments, *fields])
             raise ValueError(f"option {name!r} of environment {env_id!r} is unknown, allowed: {allowed}")
-    params = params.replace(**{k: _read(k, v, fields[k]) for k, v in options.items() if k in fields})
+    if changed := {k: _read(k, v, fields[k]) for k, v in options.items() if k in fields}:
+        params = dataclasses.replace(params, **changed)
     if np.any(np.asarray(getattr(params, "max_steps_in_episode", 1)) < 1):
         raise ValueError(f"max_steps_in_episode is {params.max_steps_in_episode}, allowed: 1 and above")
     if env_id == "bridge":
         check_params(params)
-    return rescale_actions(one_hot_observations(env, params), params), params
+    env = rescale_actions(one_hot_observations(env, params), params)
+    if outside.is_outside(env_id):
+        _check_once(env_id, repr(sorted(options.items())), env, params)
+    return env, params
+
+
+def _outside(env_id: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Constructor of an environment of the user's, and its arguments."""
+    found = outside.load(env_id, "--env-id")
+    is_instance = not isinstance(found, type) and hasattr(found, "reset")
+
+    def construct(**chosen: Any) -> Any:
+        if not (is_instance or callable(found)):
+            raise ConfigurationError(f"--env-id is {env_id!r}, a {type(found).__name__}, which is no environment")
+        made = found if is_instance else found(**chosen)
+        env = made[0] if isinstance(made, tuple) and len(made) == 2 else made
+        if missing := [name for name in NEEDED if not hasattr(env, name)]:
+            raise ConfigurationError(
+                f"--env-id is {env_id!r}, which makes a {type(env).__name__}, which is no environment: it has no "
+                f"{', '.join(missing)}"
+            )
+        return made
+
+    return construct, {} if is_instance or not callable(found) else _arguments(found)
+
+
+def _check_once(env_id: str, options: str, env: Any, params: Any) -> None:
+    """`check_env`, once for the same environment: it takes a few seconds. Its findings stand in one line."""
+    if (env_id, options) in _CHECKED:
+        return
+    try:
+        warnings = check_env(env, params)
+    except EnvironmentCheckError as error:
+        raise ConfigurationError(f"--env-id is {env_id!r}: " + " ".join(str(error).split())) from None
+    for warning in warnings:
+        print(f"{outside.shown(env_id)}: {warning}")
+    _CHECKED.add((env_id, options))
 
 
 def _nearest(env_id: str, known: list[str]) -> str:

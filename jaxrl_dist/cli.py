@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from jaxrl_dist import outside
 from jaxrl_dist.configuration import ConfigurationError, Count, Seed, check_value, require
 from jaxrl_dist.running import arguments as words_of
 from jaxrl_dist.running.catalog import agents, algorithms, display_name, find_algorithm, title
@@ -25,7 +26,7 @@ from jaxrl_dist.wording import alternatives, counted, nearest
 BROKEN = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
-COMMANDS = ("list", "train", "evaluate", "plot", "report", "doctor")
+COMMANDS = ("list", "train", "evaluate", "collect", "plot", "report", "doctor")
 
 
 def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[str, Any]], arguments=None) -> None:
@@ -53,6 +54,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
             words_of.read(f"--{name}", str, given.get(name.replace("-", "_"), [default]))
             for name, default in (("env-id", next(iter(presets))), ("preset", problem.RunOptions.preset))
         )
+        given |= {"env_id": [outside.absolute(env_id)]} if "env_id" in given else {}
         preset_name = env_id if preset_name == "auto" and env_id in presets else preset_name
         known = ("auto", "none", *presets)
         require(preset_name in known, f"--preset is {preset_name!r}; it must be {alternatives(known)}")
@@ -253,6 +255,25 @@ def _command(arguments: list[str]) -> None:
         help="play the run's saved policies in Gymnasium's own environment, beside what our last evaluation found",
     )  # fmt: skip
     evaluate.add_argument("--env-id", help="for a policy file: Gymnasium's environment to play it in")
+    collect = commands.add_parser(
+        "collect", help="write episodes of a trained agent or a scripted controller to a file, for offline algorithms"
+    )
+    collect.add_argument(
+        "source", metavar="SOURCE",
+        help="folder of a run, or a function (observation, key) -> action as module:name or path/file.py:name",
+    )  # fmt: skip
+    collect.add_argument("--out", type=Path, required=True, help="file to write (.npz)")
+    collect.add_argument("--episodes", type=_typed(Count), default=100, help="whole episodes (default: 100)")
+    collect.add_argument("--seed", type=_typed(Seed), default=0, help="seed of starts, steps and actions (default: 0)")
+    collect.add_argument(
+        "--random", type=_typed(float), nargs="+", default=[0.0], metavar="P",
+        help="probability of a uniform random action instead; two: of the first and of the last episode",
+    )  # fmt: skip
+    collect.add_argument("--noise", type=_typed(float), default=0.0, help="deviation of Gaussian noise on actions")
+    collect.add_argument("--explore", action="store_true", help="of a run: the policy that its claim is about")
+    collect.add_argument("--run-seed", type=_typed(Seed), help="of a run: which of its seeds (default: the first)")
+    collect.add_argument("--env-id", help="of a controller: its environment")
+    collect.add_argument("--env-options", nargs="+", default=[], help="of a controller: name=value, as in training")
     plot = commands.add_parser("plot", help="compare the learning curves of runs, or draw learned distributions of one")
     plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs, or one folder of a study")
     plot.add_argument("--metric", default="evaluation_return", help="column of metrics.csv to draw")
@@ -290,7 +311,7 @@ def _command(arguments: list[str]) -> None:
     parsed, unknown = parser.parse_known_args(arguments)
     program = f"jaxrl-dist {parsed.command}"
     for word in unknown:
-        known = set(vars(parsed)) - {"command", "name", "run", "runs"}
+        known = set(vars(parsed)) - {"command", "name", "run", "runs", "source"}
         require(word.startswith("--"), f"{word!r} is one word too many for {program}; see {program} --help")
         words_of.require_known(word[2:].partition("=")[0].replace("-", "_"), known, program)
     console = Console()
@@ -303,6 +324,8 @@ def _command(arguments: list[str]) -> None:
             _evaluate_in_gymnasium(parsed, console)
         else:
             _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
+    elif parsed.command == "collect":
+        _collect(parsed, console)
     elif parsed.command == "plot":
         if parsed.distribution:
             _plot_distribution(parsed, console)
@@ -376,6 +399,30 @@ def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None
         gymnasium_evaluation.print_run(parsed.run, console, **how)
 
 
+def _collect(parsed: argparse.Namespace, console: Console) -> None:
+    from jaxrl_dist.running import collecting, compile_cache
+
+    compile_cache.use("auto", console)
+    require(len(parsed.random) <= 2, f"--random has {len(parsed.random)} values; one or two are allowed")
+    if outside.is_outside(parsed.source):
+        require(bool(parsed.env_id), f"SOURCE is {parsed.source!r}, a controller; --env-id must say for what")
+        require(
+            not parsed.explore and parsed.run_seed is None,
+            f"SOURCE is {parsed.source!r}, a controller; --explore and --run-seed are for the folder of a run",
+        )
+        source = collecting.of_controller(parsed.source, parsed.env_id, tuple(parsed.env_options))
+    else:
+        require(
+            not (parsed.env_id or parsed.env_options),
+            f"SOURCE is {parsed.source!r}, a run, which has its environment; --env-id and --env-options are for "
+            "controllers",
+        )
+        how = {"run_seed": parsed.run_seed, "explore": parsed.explore}
+        source = collecting.of_run(Path(parsed.source), find_algorithm, **how)
+    behaviour = collecting.Behaviour((parsed.random[0], parsed.random[-1]), parsed.noise)
+    collecting.write(source, parsed.out, behaviour, console, episodes=parsed.episodes, seed=parsed.seed)
+
+
 def _plot(chosen: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:
     from jaxrl_dist.records import plotting, recording
     from jaxrl_dist.running import folders
@@ -390,10 +437,10 @@ def _plot(chosen: Sequence[Path], metric: str, out: Path | None, console: Consol
         return
     out = out or Path("comparison.png")
     configs, frames = [recording.read_config(folder) for folder in chosen], {}
-    environments = sorted({config["options"]["env_id"] for config in configs})
+    environments = sorted({outside.shown(config["options"]["env_id"]) for config in configs})
     for folder, config in zip(chosen, configs, strict=True):
         label = display_name(config["algorithm"]) + f" {folder.name}" * (len(chosen) > 1)
-        label += f" on {config['options']['env_id']}" * (len(environments) > 1)
+        label += f" on {outside.shown(config['options']['env_id'])}" * (len(environments) > 1)
         if label in frames:
             label = str(folder)
         frames[label] = recording.read_metrics(folder)

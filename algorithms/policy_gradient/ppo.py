@@ -44,7 +44,7 @@ from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import interaction, networks, normalization, portable, returns, rollouts
 from jaxrl_dist.learning.interaction import Average, Interaction, average
-from jaxrl_dist.learning.normalization import RunningStatistics, normalize
+from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics, normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
 from jaxrl_dist.learning.policies import Choice, Gaussian
 from jaxrl_dist.learning.spaces import continuous_action_size, discrete_action_count, kind_of, spaces_of
@@ -96,14 +96,12 @@ class Config:
 
 # Sizes for a CPU.
 PRESETS = {
-    "CartPole-v1": {
-        "total_steps": 100_000, "num_envs": 8, "learning_rate": 1e-3, "annealing_steps": 100_000,
-    },
-    "Acrobot-v1": {"total_steps": 200_000, "num_envs": 8, "learning_rate": 1e-3, "annealing_steps": 200_000},
-    "Catch-bsuite": {"total_steps": 50_000, "num_envs": 8, "learning_rate": 1e-3, "annealing_steps": 50_000},
+    "CartPole-v1": {"total_steps": 100_000, "num_envs": 8, "learning_rate": 1e-3},
+    "Acrobot-v1": {"total_steps": 200_000, "num_envs": 8, "learning_rate": 1e-3},
+    "Catch-bsuite": {"total_steps": 50_000, "num_envs": 8, "learning_rate": 1e-3},
     "Pendulum-v1": {
         "total_steps": 300_000, "num_envs": 16, "num_epochs": 10, "num_minibatches": 8, "discount": 0.9,
-        "entropy_weight": 0.0, "learning_rate": 1e-3, "annealing_steps": 300_000, "normalize_observations": True,
+        "entropy_weight": 0.0, "learning_rate": 1e-3, "annealing_steps": 300_000, "clip_values": False,
         "normalize_rewards": True,
     },
 }  # fmt: skip
@@ -136,21 +134,13 @@ class Network(nn.Module):
 # -- State ------------------------------------------------------------------------------------------------------------
 
 
-class Scale(NamedTuple):
-    """What rewards are divided by: statistics of their discounted sum, which goes on in each environment."""
-
-    sums: jax.Array
-    """`[num_envs]`"""
-    statistics: RunningStatistics
-
-
 class State(NamedTuple):
     """Everything that training needs to go on."""
 
     learner: Trained
     interaction: Interaction
     normalizer: RunningStatistics | None
-    scale: Scale | None
+    scale: RewardScale | None
     key: jax.Array
 
 
@@ -239,7 +229,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         learner = begin(optimizer, network.init(network_key, jnp.zeros((1, *shape))))
         now = interaction.start(env, env_params, start_key, config.num_envs)
         normalizer = normalization.create(shape) if config.normalize_observations else None
-        scale = Scale(jnp.zeros(config.num_envs), normalization.create(())) if config.normalize_rewards else None
+        scale = normalization.create_scale(config.num_envs) if config.normalize_rewards else None
         return State(learner, now, normalizer, scale, key)
 
     def step(state: State) -> tuple[State, dict[str, Average]]:
@@ -257,7 +247,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
         )
 
         # Advantages: with the value of the true successor, also at a time limit.
-        scale, reward = scaled(state.scale, lived)
+        done = lived.terminated | lived.truncated
+        scale, reward = normalization.scale_rewards(state.scale, lived.reward, done, config.discount)
         observation, next_observation = (
             normalize(state.normalizer, x) for x in (lived.observation, lived.next_observation)
         )
@@ -279,30 +270,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
         normalizer = state.normalizer
         if normalizer is not None:
             normalizer = normalization.update(normalizer, lived.observation.reshape(rows, *lived.observation.shape[2:]))
-        unit = deviation(scale)
+        unit = normalization.unit(scale)
         metrics = losses | {"value": value * unit, "target": batch.target * unit}
         return State(learner, now, normalizer, scale, key), episodes | jax.tree.map(average, metrics)
 
     def taken(action: jax.Array) -> jax.Array:
         """What the environment is given."""
         return jnp.clip(action, -1, 1) if continuous else action
-
-    def scaled(scale: Scale | None, lived) -> tuple[Scale | None, jax.Array]:
-        """The rewards that are learned from, `[steps, num_envs]`."""
-        if scale is None:
-            return None, lived.reward
-
-        def add(sums, step):
-            reward, done = step
-            sums = config.discount * sums + reward
-            return jnp.where(done, 0, sums), sums
-
-        sums, seen = jax.lax.scan(add, scale.sums, (lived.reward, lived.terminated | lived.truncated))
-        scale = Scale(sums, normalization.update(scale.statistics, seen.reshape(rows)))
-        return scale, jnp.clip(lived.reward / deviation(scale), -10, 10)
-
-    def deviation(scale: Scale | None) -> jax.Array:
-        return jnp.float32(1) if scale is None else jnp.sqrt(scale.statistics.variance + 1e-8)
 
     def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return taken(network.apply(state.learner.parameters, normalize(state.normalizer, observation))[0].mode())
@@ -313,7 +287,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
         value = network.apply(state.learner.parameters, normalize(state.normalizer, observation))[1]
-        return law.equally_weighted(deviation(state.scale) * value[:, None])
+        return law.equally_weighted(normalization.unit(state.scale) * value[:, None])
 
     def export(state: State) -> dict[str, Any]:
         parameters = state.learner.parameters["params"]

@@ -1,4 +1,4 @@
-"""Running observation statistics: part of the training state, saved with it, frozen in evaluation."""
+"""Running statistics of observations and rewards: part of the training state, saved with it, frozen in evaluation."""
 
 from typing import NamedTuple
 
@@ -40,3 +40,43 @@ def normalize(statistics: RunningStatistics | None, observation: jax.Array) -> j
         return observation
     deviation = jnp.sqrt(statistics.variance + 1e-8)
     return jnp.clip((observation - statistics.mean) / deviation, -10, 10)
+
+
+class RewardScale(NamedTuple):
+    """What rewards are divided by: the deviation of their discounted sums, which go on in each environment.
+
+    sums: `[num_envs]`, of the episodes that go on; statistics: of all sums, at every step of every environment.
+    """
+
+    sums: jax.Array
+    statistics: RunningStatistics
+
+
+def create_scale(num_envs: int) -> RewardScale:
+    """That of no rewards, which changes none."""
+    return RewardScale(jnp.zeros(num_envs), create(()))
+
+
+def scale_rewards(
+    scale: RewardScale | None, reward: jax.Array, done: jax.Array, discount: float | jax.Array
+) -> tuple[RewardScale | None, jax.Array]:
+    """Count the rewards of a rollout, then divide them by the deviation and cut them to ±10: `[steps, num_envs]`.
+
+    done: where an episode ended with the step. All rewards of a call are divided by one number (`unit`). The sums run
+    forwards, as in openai/baselines' VecNormalize: what is scaled is not the return, but of its size.
+    """
+    if scale is None:
+        return None, reward
+
+    def add(sums: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sums = discount * sums + step[0]
+        return jnp.where(step[1], 0, sums), sums
+
+    sums, seen = jax.lax.scan(add, scale.sums, (reward, done))
+    scale = RewardScale(sums, update(scale.statistics, seen.reshape(-1)))
+    return scale, jnp.clip(reward / unit(scale), -10, 10)
+
+
+def unit(scale: RewardScale | None) -> jax.Array:
+    """How much one of the scaled rewards is worth."""
+    return jnp.float32(1) if scale is None else jnp.sqrt(scale.statistics.variance + 1e-8)

@@ -106,3 +106,22 @@ class Gaussian(NamedTuple):
 
     def entropy(self) -> jax.Array:
         return (self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(-1)
+
+
+class SquashedGaussian(NamedTuple):
+    """Laws of tanh(x) with independent Gaussian x, `[..., actions]`, for actions that are given and not drawn.
+
+    Actions closer to ±1 than 1e-5 count as if they were so far away: their density is not bounded.
+    """
+
+    mean: jax.Array
+    log_std: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        return squashed_gaussian(key, self.mean, self.log_std)[0]
+
+    def mode(self) -> jax.Array:
+        return squashed_mode(self.mean)
+
+    def log_density(self, action: jax.Array) -> jax.Array:
+        return squashed_gaussian_log_density(jnp.arctanh(jnp.clip(action, -1 + 1e-5, 1 - 1e-5)), *self)

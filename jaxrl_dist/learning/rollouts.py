@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxrl_dist.agent import nothing_to_remember
 from jaxrl_dist.configuration import require
@@ -36,13 +37,14 @@ def collect(
     ended.
     """
 
-    def one(now: Interaction, key: jax.Array):
-        act_key, step_key = jax.random.split(key)
+    # Not over an array of keys: under `vmap` JAX's reuse checker takes reading one at every turn for reuse.
+    def one(now: Interaction, index: jax.Array):
+        act_key, step_key = jax.random.split(jax.random.fold_in(key, index))
         action, memory, beside = policy(now.observation, now.memory, act_key)
         now, transition, episodes = interaction.step(env, env_params, now, action, step_key, memory, remember)
         return now, (Rollout(transition, beside), episodes)
 
-    now, (rollout, episodes) = jax.lax.scan(one, now, jax.random.split(key, steps))
+    now, (rollout, episodes) = jax.lax.scan(one, now, jnp.arange(steps))
     return now, rollout, jax.tree.map(lambda x: x.sum(0), episodes)
 
 
@@ -70,8 +72,8 @@ def epochs(
     def one(learner: Any, numbers: jax.Array):
         return update(learner, split_rows(jax.tree.map(lambda x: x[numbers], data)))
 
-    def epoch(learner: Any, key: jax.Array):
-        order = jax.random.permutation(key, rows).reshape(num_minibatches, -1)
+    def epoch(learner: Any, index: jax.Array):
+        order = jax.random.permutation(jax.random.fold_in(key, index), rows).reshape(num_minibatches, -1)
         return jax.lax.scan(one, learner, order)
 
-    return jax.lax.scan(epoch, learner, jax.random.split(key, num_epochs))
+    return jax.lax.scan(epoch, learner, jnp.arange(num_epochs))

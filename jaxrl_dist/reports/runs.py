@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from jaxrl_dist import outside
 from jaxrl_dist.configuration import require
 from jaxrl_dist.records import recording, statistics, tables
 from jaxrl_dist.running.catalog import display_name
@@ -156,7 +157,8 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
     require(not about.get("configurations"), f"RUN is {path}, a wave of a study; its table is the study's")
     name = str(Path(*path.parts[-3:]))
     said = [str(each.message).replace(str(path), name) for each in caught if each.category is UserWarning]
-    environment = " ".join([about["options"]["env_id"], *map(str, about["options"].get("env_options") or ())])
+    options = about["options"]
+    environment = " ".join([outside.shown(options["env_id"]), *map(str, options.get("env_options") or ())])
     unit = recording.axis_of(episodes)
     episodes = episodes.assign(env_steps=episodes[unit])  # where a run stands, for all that follows
     seeds, last_step = sorted(episodes.seed.unique().tolist()), int(episodes.env_steps.max())

@@ -3,12 +3,14 @@
 import contextlib
 import datetime
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from jaxrl_dist import outside
 from jaxrl_dist.configuration import ConfigurationError, require
 from jaxrl_dist.running import hosts
 from jaxrl_dist.running.problem import RunOptions
@@ -71,7 +73,11 @@ def folder_of(algorithm: str, options: RunOptions) -> Path:
     """Where a run is kept: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME, by default named after the date and time."""
     name = options.name or hosts.by_first(date_and_time)
     require_name(name)
-    return Path(options.runs_folder) / algorithm / options.env_id.replace("/", "-") / name
+    return Path(options.runs_folder) / algorithm / _one_part(outside.shown(options.env_id)) / name
+
+
+def _one_part(name: str) -> str:
+    return re.sub("[/:]", "-", name)
 
 
 def date_and_time() -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_dist import switches
+from jaxrl_dist import outside, switches
 from jaxrl_dist.agent import Agent
 from jaxrl_dist.configuration import (
     LARGEST,
@@ -39,7 +39,8 @@ class RunOptions:
     """What to run and what to keep of it."""
 
     env_id: str = "Pendulum-v1"
-    """environment: a gymnax name, or brax/NAME; `jaxrl-dist list` shows all"""
+    """environment: a name that `jaxrl-dist list` shows, or your own as path/file.py:name or module:name (a class, an
+    instance, or a function that makes one)"""
     env_options: tuple[str, ...] = ()
     """settings of the environment as name=value, such as backend=mjx or max_steps_in_episode=500"""
     preset: str = "auto"
@@ -174,16 +175,17 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     """Check every setting before anything compiles; raises ConfigurationError (or ValueError) with one clear line."""
     check_configuration(options)
     check_configuration(config)
-    options = with_total_steps(options, config)
+    options = dataclasses.replace(with_total_steps(options, config), env_id=outside.absolute(options.env_id))
     doctor.require_platform(options.device)
     switches.settle()
     device_count(options)
-    env, env_params = _make_env(options)
+    env, env_params = make_env(options.env_id, options.env_options)
     if options.probe_support != "off":
         support.require_support(config, options.probe_support)
         seen = _random_rewards(options.env_id, options.env_options, options.seed)
         config = support.covering(config, options.probe_support, *seen)
-    problem = Problem(algorithm, make_agent, config, env, env_params, options, data=_data(make_agent, options))
+    problem = Problem(algorithm, make_agent, config, env, env_params, options)
+    problem = problem._replace(data=_data(problem))
     problem = problem.fitted(options.total_steps)
     agent = problem.agent()
     if options.data_parallel:
@@ -198,16 +200,19 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     return problem
 
 
-def _make_env(options: RunOptions) -> tuple[Any, Any]:
+def make_env(env_id: str, pairs: tuple[str, ...]) -> tuple[Any, Any]:
+    """Environment and parameters of --env-id and --env-options; ConfigurationError in one line where there is none."""
     from jaxrl_dist import envs  # the toolkit knows the environments by name only
 
-    env_options = _parse_env_options(options.env_options)
+    env_options = _parse_env_options(pairs)
     try:
-        return envs.make(options.env_id, **env_options)
+        return envs.make(env_id, **env_options)
+    except ConfigurationError:
+        raise
     except Exception as error:  # whatever an environment's own code makes of an odd value
         if isinstance(error, OSError) or not (env_options or isinstance(error, ValueError)):
             raise
-        given = " ".join(["--env-id", options.env_id, *["--env-options"][: len(env_options)], *options.env_options])
+        given = " ".join(["--env-id", env_id, *["--env-options"][: len(env_options)], *pairs])
         raise ConfigurationError(f"{given}: {str(error) or type(error).__name__}") from error
 
 
@@ -281,12 +286,17 @@ def takes_data(make_agent: Callable) -> bool:
     return len(inspect.signature(make_agent).parameters) > 3
 
 
-def _data(make_agent: Callable, options: RunOptions) -> tuple:
+def _data(problem: Problem) -> tuple:
     """What the algorithm learns from beside an environment, out of --dataset; () where it takes nothing."""
-    wanted = takes_data(make_agent)
+    wanted, options = takes_data(problem.make_agent), problem.options
     require(bool(options.dataset) or not wanted, "--dataset is missing; this algorithm learns from a file of data")
     require(wanted or not options.dataset, f"--dataset is {options.dataset!r}; this algorithm learns from none")
-    return (datasets.load(Path(options.dataset)),) if wanted else ()
+    if not wanted:
+        return ()
+    path = Path(options.dataset)
+    data = datasets.load(path)
+    datasets.require_of(data, problem.env, problem.env_params, path, options.env_id)
+    return (data,)
 
 
 @functools.lru_cache(maxsize=1)  # all configurations of a sweep ask for the same one

@@ -13,6 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from jaxrl_dist import outside
 from jaxrl_dist.configuration import ConfigurationError, require
 from jaxrl_dist.records import plotting, recording, statistics
 from jaxrl_dist.running import evaluation, training
@@ -97,6 +98,13 @@ class SavedRun(NamedTuple):
     state: training.Training
     iteration: int
 
+    def index_of(self, run_seed: int) -> int:
+        """The place of one of its seeds; ConfigurationError for one that it does not hold."""
+        require(
+            run_seed in self.seeds, f"--run-seed is {run_seed}; the run holds the seeds {list(map(int, self.seeds))}"
+        )
+        return int(np.flatnonzero(self.seeds == run_seed)[0])
+
 
 def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedRun:
     """The newest checkpoint of a run with its problem rebuilt from `config.json`, on whatever devices there are."""
@@ -107,7 +115,7 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
         f"RUN is {folder}, a wave of a study; its policies are in {folder / 'policies'}, its table is the study's",
     )
     try:
-        module = find_algorithm(saved["algorithm"])
+        module = find_algorithm(saved["algorithm"], saved.get("algorithm_file", ""))
     except ValueError as error:
         raise ConfigurationError(f"{path}: {error}") from None
     config = from_json(module.Config, saved["config"], f"{path}: config")
@@ -144,13 +152,13 @@ def plot_distribution(
     require(states >= 1, f"--states is {states}; it must be at least 1")
     run = load_run(folder, find_algorithm, episodes=1)
     run_seed = int(run.seeds[0]) if run_seed is None else run_seed
-    require(run_seed in run.seeds, f"--run-seed is {run_seed}; {folder} holds the seeds {list(map(int, run.seeds))}")
-    index = int(np.flatnonzero(run.seeds == run_seed)[0])
+    index = run.index_of(run_seed)
     problem = run.problem
     draw_return_distribution(
         problem.agent(), problem,
         training.one_run(training.without_replay(run.state.state), index), jax.random.key(seed), out, console,
-        title=f"{display_name(problem.algorithm)} on {problem.options.env_id}, seed {run_seed}", states=states,
+        title=f"{display_name(problem.algorithm)} on {outside.shown(problem.options.env_id)}, seed {run_seed}",
+        states=states,
     )  # fmt: skip
 
 

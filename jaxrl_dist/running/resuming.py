@@ -13,6 +13,7 @@ from jaxrl_dist.configuration import ConfigurationError, option, require
 from jaxrl_dist.learning import datasets
 from jaxrl_dist.records import recording
 from jaxrl_dist.running import hosts
+from jaxrl_dist.running.catalog import own_file
 from jaxrl_dist.running.checkpointing import Checkpoints
 from jaxrl_dist.running.problem import Problem, RunOptions
 
@@ -80,6 +81,7 @@ def _description(folder: Path, problem: Problem) -> dict[str, Any] | None:
         "versions": dict,
     }
     description = recording.read_config(folder, {**fields, "commands": list})
+    require_same_algorithm(description, own_file(problem.make_agent), problem.options.resume)
     require_same_settings(
         description, {"config": dataclasses.asdict(problem.config), "options": dataclasses.asdict(problem.options)}
     )
@@ -125,6 +127,16 @@ def _iteration(checkpoints: Checkpoints, folder: Path, resume: str, console: Con
     require(iteration in found, f"--resume is {resume}; the checkpoints are at iterations {found}")
     hosts.by_first(lambda: checkpoints.verify(iteration))
     return iteration
+
+
+def require_same_algorithm(saved: dict[str, Any], file: str, resume: str) -> None:
+    """Refuse to go on with a user's algorithm where one of ours of the same name began, or the other way round."""
+    before, ours = saved.get("algorithm_file", ""), "the one of jaxrl_dist"
+    require(
+        bool(before) == bool(file),
+        f"--resume is {resume!r}, but the run was started with another algorithm named {saved['algorithm']}: "
+        f"{before or ours}, and not {file or ours}",
+    )
 
 
 def require_same_settings(saved: dict[str, Any], now: dict[str, Any], *more: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxrl_dist import outside
 from jaxrl_dist.agent import Clock
 from jaxrl_dist.configuration import require
 from jaxrl_dist.learning import datasets, interaction, portable
@@ -38,7 +39,7 @@ from jaxrl_dist.running import (
     training,
     watching,
 )
-from jaxrl_dist.running.catalog import display_name
+from jaxrl_dist.running.catalog import display_name, own_file
 from jaxrl_dist.running.checkpointing import Checkpoints, megabytes
 from jaxrl_dist.running.problem import Problem, RunOptions, action_bounds, device_count
 from jaxrl_dist.wording import counted
@@ -253,7 +254,7 @@ class _Session:
         updates = clock.updates_at(self.total_iterations)
         table = Table.grid(padding=(0, 2))
         rows = {
-            "algorithm": f"{self.problem.algorithm} on {options.env_id}",
+            "algorithm": f"{self.problem.algorithm} on {outside.shown(options.env_id)}",
             "runs": f"{len(self.runs)} (seeds {self.seeds[0]} to {self.seeds[-1]}{self._of_configurations()}), "
             f"{programs.runs_mode} on {counted(programs.num_devices, f'{jax.default_backend()} device')}"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
@@ -354,6 +355,7 @@ class _Session:
         first = before or command
         return {
             "algorithm": self.problem.algorithm,
+            "algorithm_file": own_file(self.problem.make_agent),
             "command": first["command"],
             "date": first["date"],
             "config": dataclasses.asdict(self.problem.config),
@@ -547,7 +549,7 @@ class _Session:
 
     @property
     def _title(self) -> str:
-        return f"{display_name(self.problem.algorithm)} on {self.options.env_id}"
+        return f"{display_name(self.problem.algorithm)} on {outside.shown(self.options.env_id)}"
 
     def _draw_curve(self) -> None:
         if hosts.is_first():

@@ -28,10 +28,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxrl_dist import outside
 from jaxrl_dist.configuration import require
 from jaxrl_dist.records import plotting, recording
 from jaxrl_dist.running import folders, hosts, memory, problem, resuming, session, training
-from jaxrl_dist.running.catalog import display_name
+from jaxrl_dist.running.catalog import display_name, own_file
 from jaxrl_dist.studies import sweeps
 from jaxrl_dist.wording import counted
 
@@ -68,6 +69,7 @@ def train(
             "fields": list(dict.fromkeys(field for values in found for field in values)),
             "configurations": [{"configuration": number, **values} for number, values in enumerate(found)],
             "rungs": [rung._asdict() for rung in rungs] if len(rungs) > 1 else [],
+            "algorithm_file": own_file(make_agent),
         }
         hosts.by_first(lambda: write_or_compare(folder, algorithm, options, config, about, "configurations", "rungs"))
         _print_plan(console, folder, problems, rungs, options)
@@ -194,7 +196,7 @@ def collect(folder: Path, console: Console, metric: str = "evaluation_return", o
     ranking.to_csv(folder / "ranking.csv", index=False)
     no_winner = bool((sweeps.standings(results, metric) == sweeps.ALL_BROKEN).all())
     _print_ranking(console, study, ranking, metric, no_winner)
-    title = f"{display_name(study['algorithm'])} on {study['options']['env_id']}"
+    title = f"{display_name(study['algorithm'])} on {outside.shown(study['options']['env_id'])}"
     plotting.ranking(ranking, fields, out or folder / "ranking.png", title=title, metric=metric)
     equal = ranking
     if "rung" in results:  # all configurations after the same training: at the end of the first rung

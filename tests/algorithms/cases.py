@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jaxrl_dist.envs import stock
 from jaxrl_dist.envs.probe import Probe, ProbeParams
+from jaxrl_dist.learning import interaction
+from jaxrl_dist.learning.interaction import Transition
 from jaxrl_dist.running.catalog import find_algorithm
 
 DISCOUNT = 0.7
@@ -103,6 +105,10 @@ class Case(NamedTuple):
     """whether its targets are drawn: actions, noise, fractions"""
     replay: bool = True
     """whether it has one, and the `Settings` that go with it"""
+    data: Callable[[World, Any], Transition] | None = None
+    """what it learns from in a case of the probes, if it meets no environment"""
+    both: bool = False
+    """whether it takes continuous actions as well as a choice of them"""
     old_rows: Callable[[Any], Any] = lambda state: state
     """a state whose next batch is of what was stored before"""
 
@@ -155,6 +161,33 @@ VALUE_METRICS = EPISODES + "loss value target gradient_norm "
 SUPPORT = {"v_min": -4.0, "v_max": 4.0, "num_atoms": 17}
 SUPPORT_FEELS = {"v_min": OF_THE_LOSS, "v_max": OF_THE_LOSS}
 
+
+def logged(world: World, case: Any, noise: float | None) -> Transition:
+    """Episodes of a case of the probes with any actions, or with the best one and so much noise: 512 rows."""
+    params, key = bare(None, case), jax.random.key(5)
+    now = interaction.start(world.env, params, jax.random.fold_in(key, 99), 16)
+
+    def one(now, index):
+        act_key, step_key = jax.random.split(jax.random.fold_in(key, index))
+        action = interaction.random_action(world.env, params, act_key, 16)
+        if noise is not None:
+            action = world.env.optimal_action(params, now.observation) + noise * action
+        now, lived, _ = interaction.step(world.env, params, now, action, step_key)
+        return now, lived
+
+    lived = jax.lax.scan(one, now, jnp.arange(32))[1]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(512, *x.shape[2:]), lived)
+
+
+def any_action(world: World, case: Any) -> Transition:
+    return logged(world, case, None)
+
+
+def best_and_noise(world: World, case: Any) -> Transition:
+    return logged(world, case, 0.3)
+
+
+OFFLINE = {"batch_size": 32}
 
 # The optimum is about -130; a policy of this age still falls back now and then.
 PENDULUM = Learning("Pendulum-v1", 10_000, -200)
@@ -296,7 +329,30 @@ CASES = {
              "gradient_bound"), feels("parameters", "interaction"),
         ),
         EPISODES + "loss policy_loss value_loss entropy approximate_kl clipped_ratios value target gradient_norm",
-        DISCRETE, Learning("CartPole-v1", 100_000, 300), replay=False, iterations=300,
+        DISCRETE, Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300,
+    ),
+    "bc": Case(
+        OFFLINE | {"learning_rate": 3e-3}, {}, {"learning_rate": only("parameters")},
+        "loss action_error gradient_norm", CONTINUOUS, None, replay=False, both=True, data=best_and_noise,
+        iterations=1400,
+    ),
+    # A temperature so low that the policy is that of the best actions, whose values the probes know.
+    "iql": Case(
+        OFFLINE | {
+            "actor_learning_rate": 3e-3, "critic_learning_rate": 1e-2, "value_learning_rate": 1e-2, "polyak": 0.05,
+            "discount": DISCOUNT, "actor_hidden": (16, 16), "critic_hidden": (16, 16),
+        },
+        {"inverse_temperature": 30.0},
+        {
+            "reward_scale": feels("critic_optimizer", "actor value"),
+            "discount": feels("critic_optimizer", "actor value"),
+            "expectile": feels("value_optimizer"), "inverse_temperature": only("actor actor_optimizer"),
+            "weight_bound": LATER, "polyak": only("target_critic"), "actor_learning_rate": only("actor"),
+            "critic_learning_rate": only("critic target_critic"),
+            "value_learning_rate": feels("value critic_optimizer actor_optimizer"),
+        },
+        "value_loss actor_loss critic_loss value target advantage weight bounded_weights critic_gradient_norm",
+        CONTINUOUS, None, replay=False, data=any_action, iterations=1800,
     ),
     # The mean needs no stock, and must find the values that QR-DQN finds.
     "eta_dqn": value_based(

@@ -67,12 +67,15 @@ def build(name: str, world: World | None = None, only_cases: tuple[str, ...] = C
     seeds = jnp.full(len(lanes), 1).at[base + 2].set(2)
 
     def agent_of(config, case):
-        return module.make_agent(config, world.env, world.params(config, case))
+        data = (row.data(world, case),) if row.data else ()
+        return module.make_agent(config, world.env, world.params(config, case), *data)
 
     def looks(agent, state):
         """The greedy action at every look, and the mean of the law there: of this action, or of each that there is."""
         key = jax.random.key(0)
         action = agent.policy.act(state, world.observation, (), key)[0]
+        if not agent.claim:
+            return {"action": action}
         taken = [action]
         if world.num_actions and not agent.claim.of_states:
             taken = [jnp.full_like(action, one) for one in range(world.num_actions)]
@@ -114,7 +117,8 @@ def of(name: str) -> Programs:
 
 def parts(name: str, state) -> dict[str, Any]:
     """What an iteration changes, by name."""
-    lived = {"replay": state.experience.replay.rows} if cases.row(name).replay else {"interaction": state.interaction}
+    lived = {"interaction": state.interaction} if hasattr(state, "interaction") else {}
+    lived = {"replay": state.experience.replay.rows} if cases.row(name).replay else lived
     found = by_hand.parts(state.learner) | lived
     return cases.row(name).more_parts(state, found)
 

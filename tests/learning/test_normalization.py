@@ -60,3 +60,32 @@ def test_observations_of_any_rank_and_type():
     statistics = update(normalization.create((3, 2)), frames)
     np.testing.assert_allclose(statistics.mean, frames.mean(0), rtol=1e-5)
     np.testing.assert_allclose(statistics.variance, frames.var(0), rtol=1e-4)
+
+
+def test_rewards_are_divided_by_the_deviation_of_their_discounted_sums():
+    rng = np.random.default_rng(3)
+    reward = rng.normal(1, 30, (2, 7, 3)).astype(np.float32)  # two rollouts of three environments
+    done = rng.random((2, 7, 3)) < 0.3
+    reward[1, 4, 2], done[1, 4, 2] = 50_000, True
+    scale, sums, seen = normalization.create_scale(3), np.zeros(3), []
+    for rollout in range(2):
+        scale, scaled = normalization.scale_rewards(scale, reward[rollout], done[rollout], 0.9)
+        for step in range(7):
+            sums = 0.9 * sums + reward[rollout, step]
+            seen.append(sums)
+            sums = np.where(done[rollout, step], 0, sums)
+        deviation = np.std(seen)
+        np.testing.assert_allclose(scale.sums, sums, rtol=1e-4)
+        assert float(normalization.unit(scale)) == pytest.approx(deviation, rel=1e-4)
+        np.testing.assert_allclose(scaled, np.clip(reward[rollout] / deviation, -10, 10), rtol=1e-4)
+    # The largest sum of n is at most sqrt(n) deviations.
+    statistics = normalization.RunningStatistics(jnp.float32(1e6), jnp.float32(0), jnp.float32(1))
+    scale = normalization.RewardScale(jnp.zeros(1), statistics)
+    assert normalization.scale_rewards(scale, jnp.array([[50.0]]), jnp.array([[True]]), 0.9)[1] == 10
+
+
+def test_rewards_without_a_scale_stay_what_they_are():
+    scale, reward = normalization.scale_rewards(None, jnp.array([[2.0]]), jnp.array([[True]]), 0.9)
+    assert scale is None
+    assert reward == 2
+    assert normalization.unit(None) == 1

@@ -340,9 +340,9 @@ CASES = {
     "iql": Case(
         OFFLINE | {
             "actor_learning_rate": 3e-3, "critic_learning_rate": 1e-2, "value_learning_rate": 1e-2, "polyak": 0.05,
-            "discount": DISCOUNT, "actor_hidden": (16, 16), "critic_hidden": (16, 16),
+            "discount": DISCOUNT, "actor_hidden": (16, 16), "critic_hidden": (16, 16), "weight_bound": 1.5,
         },
-        {"inverse_temperature": 30.0},
+        {"inverse_temperature": 30.0, "weight_bound": 100.0},
         {
             "reward_scale": feels("critic_optimizer", "actor value"),
             "discount": feels("critic_optimizer", "actor value"),

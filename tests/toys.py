@@ -18,7 +18,7 @@ from jaxrl_dist.learning import experience
 from jaxrl_dist.learning.interaction import average
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.learning.spaces import continuous_action_size
-from jaxrl_dist.running import problem, session
+from jaxrl_dist.running import catalog, problem, session
 from jaxrl_dist.studies import sweeps
 
 
@@ -151,6 +151,11 @@ def run_with_devices(count: int, code: str) -> None:
     importable = os.pathsep.join(map(str, [here, *(path for path in here.iterdir() if path.is_dir())]))
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": importable}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
+
+
+def agents() -> list[str]:
+    """The agents that meet an environment; those that learn from a file alone are left out."""
+    return [name for name, module in catalog.agents().items() if not problem.takes_data(module.make_agent)]
 
 
 def at_home(name: str) -> tuple:

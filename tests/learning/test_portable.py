@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import Toy, ToyParams
+from toys import Toy, ToyParams, agents
 
 from jaxrl_dist import cli, envs
 from jaxrl_dist.algorithms.actor_critic import td3, tqc
 from jaxrl_dist.learning import normalization, portable
+from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.running.problem import action_bounds, split_preset
 
 ROOT = Path(portable.__file__).parents[2]
@@ -103,7 +104,7 @@ np.save("first.npy", program.call(observations[:1]))
     np.testing.assert_allclose(np.load(tmp_path / "first.npy"), expected[:1], atol=1e-5)
 
 
-AGENTS = sorted(name for name, module in cli.algorithms().items() if "dynamic_programming" not in module)
+AGENTS = agents()
 
 
 @pytest.mark.parametrize("name", [*AGENTS, "rainbow of images"])
@@ -114,7 +115,9 @@ def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
     of_the_run, of_the_algorithm = split_preset(preset)
     env, params = envs.make(env_id, **dict(pair.split("=", 1) for pair in of_the_run.get("env_options", ())))
     config = module.Config(**of_the_algorithm)
-    agent = module.make_agent(dataclasses.replace(config, warmup_steps=1_000, replay_capacity=1_000), env, params)
+    if isinstance(config, Settings):
+        config = dataclasses.replace(config, warmup_steps=1_000, replay_capacity=1_000)
+    agent = module.make_agent(config, env, params)
     generator = np.random.default_rng(0)
 
     def random_weights(x):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from gymnax.environments import spaces
-from toys import Toy, ToyParams
+from toys import Toy, ToyParams, agents
 
 from jaxrl_dist import cli, envs
 from jaxrl_dist.configuration import ConfigurationError
@@ -18,8 +18,7 @@ from jaxrl_dist.learning.spaces import UnsupportedEnvironment
 from jaxrl_dist.running import compatibility, evaluation, problem, training
 from jaxrl_dist.running.problem import RunOptions, split_preset
 
-MODULES = {name: cli.find_algorithm(name) for name in sorted(cli.algorithms())}
-MODULES = {name: module for name, module in MODULES.items() if hasattr(module, "make_agent")}
+MODULES = {name: cli.find_algorithm(name) for name in agents()}
 ENVIRONMENTS = [env_id for ids in envs.available().values() for env_id in ids]
 # Vectors and continuous actions, vectors of integers, images, a stock: what takes different ways through agents.
 KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble")

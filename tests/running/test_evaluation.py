@@ -384,5 +384,12 @@ def test_the_agents_that_learn_a_mean():
         found[name] = agent.claim.learns_mean
         # With these settings nothing else has so few; the number alone says nothing, since there may be one quantile.
         assert agent.claim.learns_mean == (atoms <= 2), name
-    assert {name for name, learns_mean in found.items() if learns_mean} == {"dqn", "os_c51", "ddpg", "td3", "sac"}
-    assert len(found) == 17
+    assert {name for name, learns_mean in found.items() if learns_mean} == {
+        "dqn",
+        "os_c51",
+        "ddpg",
+        "td3",
+        "sac",
+        "ppo",
+    }
+    assert len(found) == 18

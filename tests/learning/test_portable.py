@@ -167,7 +167,7 @@ def test_gelu_and_layer_normalisation_by_hand(tmp_path):
         portable.save_policy(tmp_path / "p.npz", arrays, np.array([-1.0]), np.array([1.0]))
         action = portable.load_policy(tmp_path / "p.npz")(np.array([[1.0]]))
         np.testing.assert_allclose(action, [[np.tanh(expected)]], atol=1e-5)
-    with pytest.raises(ValueError, match="activation is 'swish'; it must be one of relu, gelu"):
+    with pytest.raises(ValueError, match="activation is 'swish'; it must be one of relu, tanh, gelu"):
         portable.mlp_policy(layers, 1, activation="swish")
 
 
@@ -214,7 +214,7 @@ def without(arrays, name):
         (CONTINUOUS | {"observation_mean": np.ones(3)}, "has no array 'observation_variance'"),
         (CONTINUOUS | {"kernel_0": np.full((3, 4), np.nan)}, "holds 'kernel_0', of which 12 of 12 numbers are not fin"),
         (CONTINUOUS | {"bias_0": np.array(["a"] * 4)}, "holds 'bias_0' of type <U1; it must be numbers"),
-        (CONTINUOUS | {"activation": np.array("swish")}, "activation 'swish'; it must be one of relu, gelu"),
+        (CONTINUOUS | {"activation": np.array("swish")}, "activation 'swish'; it must be one of relu, tanh, gelu"),
         (DUELLING | {"num_actions": np.int32(0)}, "holds 'num_actions' 0; it must be at least 1"),
         (DUELLING | {"num_actions": np.int32(4)}, "has 6 outputs, which do not divide into 4 actions"),
         (DUELLING | {"torso_kernel_0": np.ones((3, 5))}, "holds 'torso_bias_0' of shape"),

@@ -115,7 +115,8 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
         f"RUN is {folder}, a wave of a study; its policies are in {folder / 'policies'}, its table is the study's",
     )
     try:
-        module = find_algorithm(saved["algorithm"], saved.get("algorithm_file", ""))
+        own = [saved["algorithm_file"]] if saved.get("algorithm_file") else []
+        module = find_algorithm(saved["algorithm"], *own)
     except ValueError as error:
         raise ConfigurationError(f"{path}: {error}") from None
     config = from_json(module.Config, saved["config"], f"{path}: config")

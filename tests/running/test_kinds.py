@@ -133,7 +133,7 @@ def test_other_data_under_the_same_name_is_refused_at_a_resume(tmp_path):
 @every_kind
 def test_policies_are_evaluated_exported_plotted_and_reported(kind, finished, tmp_path):
     folder, _ = finished[kind]
-    find = KINDS.__getitem__
+    find = lambda name, *_: KINDS[name]
     seeds, returns = results.evaluate_run(folder, find, episodes=5, seed=0)
     assert (seeds.tolist(), returns.shape) == ([0, 1], (2, 5))
     assert np.isfinite(returns).all()
@@ -199,7 +199,7 @@ def test_the_pure_function_is_the_run(kind, finished, tmp_path):
     keys = training.seed_keys(np.arange(2))
     mapped = jax.jit(jax.vmap(train, in_axes=(0, None, *[None] * len(one.data))))
     states, history = mapped(keys, one.config, *one.data)
-    weights = results.load_run(finished[kind][0], KINDS.__getitem__, episodes=1).state.state.weights
+    weights = results.load_run(finished[kind][0], lambda name, *_: KINDS[name], episodes=1).state.state.weights
     np.testing.assert_allclose(states.weights, weights, rtol=1e-4, atol=1e-6)
     assert history["updates"][0].tolist() == {"on_policy": [8, 16, 24], "offline": [20, 40, 60]}[kind]
 

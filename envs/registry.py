@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
@@ -113,7 +112,11 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     made = construct(**chosen)
     # The parameters come second, since they may depend on the constructor (DeepSea's time limit is its size).
     env, params = made if isinstance(made, tuple) else (made, made.default_params)
-    fields = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)} if is_dataclass(params) else {}
+    fields = (
+        {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
+        if dataclasses.is_dataclass(params)
+        else {}
+    )
     for name in options:
         if name not in arguments and name not in fields:
             allowed = ", ".join([*arguments, *fields])

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 def house(tmp_path_factory) -> Path:
     """A copy of the house in which somebody followed the recipes for a family and an algorithm."""
     there = tmp_path_factory.mktemp("house")
-    shutil.copy(ROOT / "pyproject.toml", there)
+    for file in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, there)
     for folder in ("jaxrl_dist", "algorithms", "envs", "tests"):
         shutil.copytree(ROOT / folder, there / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in ("algorithms", "envs"):  # as they are installed

@@ -17,7 +17,7 @@ their density is infinite.
 
 Run:      jaxrl-dist collect jaxrl_dist.envs.controllers:pendulum --env-id Pendulum-v1 --random 0.6 --out medium.npz
           python algorithms/offline/bc.py --env-id Pendulum-v1 --dataset medium.npz
-Expected: Pendulum-v1, the data's own return (experiments/offline).
+Expected: Pendulum-v1, the data's own return; no committed study yet.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -138,9 +138,7 @@ def make_agent(config: Config, env, env_params, data: Transition) -> Agent:
     def init(key: jax.Array) -> State:
         key, actor_key = jax.random.split(key)
         observation = jnp.asarray(data.observation)
-        normalizer = None
-        if config.normalize_observations:
-            normalizer = normalization.update(normalization.create(observation.shape[1:]), observation)
+        normalizer = normalization.of(observation) if config.normalize_observations else None
         best = datasets.best_episodes(data, config.best_percent) if config.best_percent < 100 else None
         return State(begin(optimizer, actor.init(actor_key, observation[:1])), normalizer, best, key)
 

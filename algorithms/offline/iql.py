@@ -22,7 +22,7 @@ no dropout. Metrics are in the environment's units.
 
 Run:      jaxrl-dist collect jaxrl_dist.envs.controllers:pendulum --env-id Pendulum-v1 --random 0.6 --out medium.npz
           python algorithms/offline/iql.py --env-id Pendulum-v1 --dataset medium.npz
-Expected: Pendulum-v1, better than the data and near its controller without random actions (experiments/offline).
+Expected: Pendulum-v1, better than the data and near its controller without random actions; no study yet.
 """
 
 from typing import Any, NamedTuple
@@ -238,9 +238,7 @@ def make_agent(config: Config, env, env_params, data: Transition) -> Agent:
     def init(key: jax.Array) -> State:
         key, actor_key, critic_key, value_key = jax.random.split(key, 4)
         observation, action = jnp.asarray(data.observation), jnp.asarray(data.action)[:1]
-        normalizer = None
-        if config.normalize_observations:
-            normalizer = normalization.update(normalization.create(observation.shape[1:]), observation)
+        normalizer = normalization.of(observation) if config.normalize_observations else None
         parameters = critic.init(critic_key, observation[:1], action)
         learner = Learner(
             begin(actor_optimizer, actor.init(actor_key, observation[:1])), begin(critic_optimizer, parameters),

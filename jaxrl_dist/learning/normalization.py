@@ -23,6 +23,11 @@ def create(observation_shape: tuple[int, ...]) -> RunningStatistics:
     return RunningStatistics(jnp.float32(0), jnp.zeros(observation_shape), jnp.ones(observation_shape))
 
 
+def of(observations: jax.Array) -> RunningStatistics:
+    """Statistics of `[rows, *observation]`, such as those of a dataset."""
+    return update(create(observations.shape[1:]), observations)
+
+
 def update(statistics: RunningStatistics, batch: jax.Array) -> RunningStatistics:
     """Merge a batch `[batch, *observation]` by the parallel algorithm of Chan, Golub & LeVeque (1979)."""
     count = jnp.float32(batch.shape[0])

@@ -73,11 +73,7 @@ def folder_of(algorithm: str, options: RunOptions) -> Path:
     """Where a run is kept: RUNS_FOLDER/ALGORITHM/ENVIRONMENT/NAME, by default named after the date and time."""
     name = options.name or hosts.by_first(date_and_time)
     require_name(name)
-    return Path(options.runs_folder) / algorithm / _one_part(outside.shown(options.env_id)) / name
-
-
-def _one_part(name: str) -> str:
-    return re.sub("[/:]", "-", name)
+    return Path(options.runs_folder) / algorithm / re.sub("[/:]", "-", outside.shown(options.env_id)) / name
 
 
 def date_and_time() -> str:

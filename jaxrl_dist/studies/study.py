@@ -32,7 +32,7 @@ from jaxrl_dist import outside
 from jaxrl_dist.configuration import require
 from jaxrl_dist.records import plotting, recording
 from jaxrl_dist.running import folders, hosts, memory, problem, resuming, session, training
-from jaxrl_dist.running.catalog import display_name, own_file
+from jaxrl_dist.running.catalog import display_name
 from jaxrl_dist.studies import sweeps
 from jaxrl_dist.wording import counted
 
@@ -69,7 +69,6 @@ def train(
             "fields": list(dict.fromkeys(field for values in found for field in values)),
             "configurations": [{"configuration": number, **values} for number, values in enumerate(found)],
             "rungs": [rung._asdict() for rung in rungs] if len(rungs) > 1 else [],
-            "algorithm_file": own_file(make_agent),
         }
         hosts.by_first(lambda: write_or_compare(folder, algorithm, options, config, about, "configurations", "rungs"))
         _print_plan(console, folder, problems, rungs, options)

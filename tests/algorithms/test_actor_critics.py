@@ -15,7 +15,7 @@ from jaxrl_dist.algorithms.actor_critic import sac, td3
 from jaxrl_dist.distributional import law
 from jaxrl_dist.learning import normalization, portable, soft
 
-NAMES = [name for name, row in cases.CASES.items() if not row.world.num_actions]
+NAMES = [name for name, row in cases.CASES.items() if row.replay and not row.world.num_actions]
 SOFT = ("tqc", "sac", "dsac", "dsac_t", "stac")
 GAUSSIAN = ("dsac", "dsac_t", "stac")
 

@@ -14,7 +14,7 @@ from jaxrl_dist.configuration import check_configuration
 from jaxrl_dist.learning import portable
 
 # eta_dqn asks for a stock beside the observation: it has tests of its own.
-NAMES = [name for name, row in cases.CASES.items() if row.world is cases.DISCRETE]
+NAMES = [name for name, row in cases.CASES.items() if row.replay and row.world is cases.DISCRETE]
 DISTRIBUTIONAL = [name for name in NAMES if hasattr(cases.module(name).Config(), "risk")]
 CATEGORICAL = [name for name in NAMES if "v_min" in cases.row(name).small]
 

@@ -17,6 +17,7 @@ from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.envs.bridge import Bridge, check_params
 from jaxrl_dist.envs.check import NEEDED, EnvironmentCheckError, check_env
 from jaxrl_dist.envs.comb_lock import CombLock
+from jaxrl_dist.envs.maze import Maze
 from jaxrl_dist.envs.one_hot import one_hot_observations
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
@@ -62,6 +63,7 @@ def available() -> dict[str, list[str]]:
         "probe": ["probe"],
         "bridge": ["bridge"],
         "comb_lock": ["comb_lock"],
+        "maze": ["maze"],
         "tabular": [*GENERATORS, *WITH_STOCK],
         # Examples: `stock/` may stand before every id whose observations are vectors.
         "stock": [f"stock/{name}" for name in (*WITH_STOCK, "bridge", "CartPole-v1")],
@@ -97,6 +99,8 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         construct, arguments = Bridge, _arguments(Bridge)
     elif env_id == "comb_lock":
         construct, arguments = CombLock, _arguments(CombLock)
+    elif env_id == "maze":
+        construct, arguments = Maze, _arguments(Maze)
     elif env_id in GENERATORS | WITH_STOCK:
         generator = (GENERATORS | WITH_STOCK)[env_id]
         construct, arguments = generator, _arguments(generator)

@@ -157,10 +157,7 @@ def make_agent(config: Config, env, env_params, data: Transition) -> Agent:
 
     def export(state: State) -> dict[str, Any]:
         parameters = state.learner.parameters["params"]
-        if continuous:
-            return portable.mlp_policy(parameters["actor"]["layers"], outputs, state.normalizer)
-        parts = {"head": {"advantage": parameters["actor"]}, "torso": parameters.get("torso", {})}
-        return portable.greedy_policy(parts, outputs, state.normalizer)
+        return portable.actor_policy(parameters, outputs, state.normalizer, continuous=continuous)
 
     return Agent(init, step, memoryless(act), Clock(config.updates_per_iteration), export=export)
 

@@ -31,67 +31,28 @@ Expected: CartPole-v1 above 400 of 500 within 100,000 steps, Pendulum-v1 above -
 
 from typing import Any, NamedTuple
 
-import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from jaxrl_dist.agent import Agent, Claim, Clock, memoryless
-from jaxrl_dist.configuration import Count, Fraction, Layers, Natural, NonNegative, Positive, configuration, require
-from jaxrl_dist.distributional import law
-from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import interaction, networks, normalization, portable, returns, rollouts
+from jaxrl_dist.agent import Agent, memoryless
+from jaxrl_dist.configuration import configuration
+from jaxrl_dist.learning import clipped, interaction, normalization, returns, rollouts
+from jaxrl_dist.learning.clipped import Batch, normalized, policy_loss, value_loss
 from jaxrl_dist.learning.interaction import Average, Interaction, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics, normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
-from jaxrl_dist.learning.policies import Choice, Gaussian
-from jaxrl_dist.learning.spaces import continuous_action_size, discrete_action_count, kind_of, spaces_of
 
 # -- Configuration ----------------------------------------------------------------------------------------------------
 
 
 @configuration
-class Config:
+class Config(clipped.Settings):
     """Settings of PPO; the defaults are CleanRL's for classic control. Floats can be swept within one program."""
 
-    num_envs: Count = 4
-    """environments stepped in parallel"""
-    num_steps: Count = 128
-    """steps of each environment in a rollout"""
-    num_epochs: Count = 4
-    """times that a rollout is gone through"""
-    num_minibatches: Count = 4
-    """gradient updates in an epoch"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
     normalize_rewards: bool = False
     """divide rewards by the running standard deviation of their discounted sum"""
-
-    discount: Fraction = 0.99
-    """gamma, the weight of the next step's return"""
-    gae_decay: Fraction = 0.95
-    """lambda, the weight of later advantages in an advantage"""
-    clip_range: Positive = 0.2
-    """epsilon, how far the ratio of probabilities may be moved"""
-    clip_values: bool = True
-    """hold values within the same range around what they were"""
-    value_weight: NonNegative = 0.5
-    """c_v, weight of the value's loss"""
-    entropy_weight: NonNegative = 0.01
-    """c_e, weight of the policy's entropy"""
-    learning_rate: NonNegative = 2.5e-4
-    """step size of Adam at the start"""
-    annealing_steps: Natural = 0
-    """environment steps in which that falls to 0 in a line; 0: it does not fall"""
-    adam_epsilon: Positive = 1e-5
-    """what Adam adds to its denominator"""
-    gradient_bound: Positive = 0.5
-    """largest norm of a gradient"""
-
-    hidden: Layers = (64, 64)
-    """widths of the hidden layers; of images those after the convolution, which actor and critic share"""
 
 
 # Sizes for a CPU.
@@ -106,31 +67,6 @@ PRESETS = {
     },
 }  # fmt: skip
 
-# -- Networks ---------------------------------------------------------------------------------------------------------
-
-
-class Network(nn.Module):
-    """Policy and value, `[batch, *observation]` -> law of actions, `[batch]`; apart from each other but for images."""
-
-    hidden: tuple[int, ...]
-    outputs: int
-    continuous: bool
-
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> tuple[Choice | Gaussian, jax.Array]:
-        features, hidden = observation.astype(jnp.float32), self.hidden
-        if features.ndim == 4:
-            features, hidden = networks.Torso(self.hidden, name="torso")(features), ()
-        features = features.reshape(features.shape[0], -1)
-        # Small first outputs of the actor: a policy that is next to even.
-        actor = networks.MLP((*hidden, self.outputs), nn.tanh, orthogonal=(2**0.5, 0.01), name="actor")(features)
-        value = networks.MLP((*hidden, 1), nn.tanh, orthogonal=(2**0.5, 1.0), name="critic")(features)[:, 0]
-        if not self.continuous:
-            return Choice(actor), value
-        log_std = self.param("log_std", nn.initializers.zeros, (self.outputs,))
-        return Gaussian(actor, jnp.broadcast_to(log_std, actor.shape)), value
-
-
 # -- State ------------------------------------------------------------------------------------------------------------
 
 
@@ -144,73 +80,25 @@ class State(NamedTuple):
     key: jax.Array
 
 
-class Batch(NamedTuple):
-    """What the updates see of a step, `[rows, ...]`; the last four are of the policy that took it."""
-
-    observation: jax.Array
-    action: jax.Array
-    log_density: jax.Array
-    value: jax.Array
-    advantage: jax.Array
-    target: jax.Array
-
-
-# -- Losses -----------------------------------------------------------------------------------------------------------
-
-
-def policy_loss(ratio: jax.Array, advantage: jax.Array, clip_range: float | jax.Array) -> jax.Array:
-    """The clipped surrogate objective (eq. 7), negative, of `[batch]` ratios and advantages."""
-    chex.assert_equal_shape([ratio, advantage])
-    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_range, 1 + clip_range) * advantage).mean()
-
-
-def value_loss(
-    value: jax.Array, old_value: jax.Array, target: jax.Array, clip_range: float | jax.Array | None
-) -> jax.Array:
-    """Half the squared error of `[batch]` values, or that of values held within `clip_range` of old ones if larger."""
-    chex.assert_equal_shape([value, old_value, target])
-    errors = (value - target) ** 2
-    if clip_range is not None:
-        held = old_value + jnp.clip(value - old_value, -clip_range, clip_range)
-        errors = jnp.maximum(errors, (held - target) ** 2)
-    return 0.5 * errors.mean()
-
-
-def normalized(advantage: jax.Array) -> jax.Array:
-    """Advantages `[batch]` with mean 0 and standard deviation 1."""
-    chex.assert_rank(advantage, 1)
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-
-
 # -- Agent ------------------------------------------------------------------------------------------------------------
 
 
 def make_agent(config: Config, env, env_params) -> Agent:
     """PPO on one environment; called inside the trace, so that the floats of `config` may be tracers."""
-    continuous = kind_of(spaces_of(env, env_params)[0]) == "continuous"
-    outputs = (continuous_action_size if continuous else discrete_action_count)(env, env_params)
-    rows = config.num_envs * config.num_steps
-    require(
-        rows % config.num_minibatches == 0,
-        f"--num-minibatches is {config.num_minibatches}; it must divide --num-envs x --num-steps = {rows}",
+    clock = clipped.clock_of(config)
+    network = clipped.network_of(config, env, env_params)
+    optimizer = clipped.optimizer_of(config)
+    policy = clipped.policy_of(
+        network, config.discount, lambda state: state.normalizer, lambda state: normalization.unit(state.scale)
     )
-    clock = Clock(config.num_epochs * config.num_minibatches, rows)
-    network = Network(config.hidden, outputs, continuous)
-
-    def rate(count: jax.Array) -> jax.Array:
-        """The step size after so many updates, one for all those of an iteration."""
-        passed = (count // clock.updates) * (rows / config.annealing_steps) if config.annealing_steps else 0.0
-        return config.learning_rate * jnp.maximum(1 - passed, 0)
-
-    optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_bound), optax.adam(rate, eps=config.adam_epsilon))
 
     def update(learner: Trained, batch: Batch) -> tuple[Trained, dict[str, jax.Array]]:
         """One gradient step on a minibatch."""
 
         def objective(parameters):
-            policy, value = network.apply(parameters, batch.observation)
-            log_ratio = policy.log_density(batch.action) - batch.log_density
-            ratio, entropy = jnp.exp(log_ratio), policy.entropy().mean()
+            actions, value = network.apply(parameters, batch.observation)
+            log_ratio = actions.log_density(batch.action) - batch.log_density
+            ratio, entropy = jnp.exp(log_ratio), actions.entropy().mean()
             of_policy = policy_loss(ratio, normalized(batch.advantage), config.clip_range)
             of_value = value_loss(value, batch.value, batch.target, config.clip_range if config.clip_values else None)
             loss = of_policy + config.value_weight * of_value - config.entropy_weight * entropy  # eq. 9
@@ -238,9 +126,8 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         # Rollout: actions of the present policy, with how likely they were.
         def follow(observation: jax.Array, memory: Any, key: jax.Array):
-            policy, _ = network.apply(parameters, normalize(state.normalizer, observation))
-            action = policy.sample(key)
-            return taken(action), memory, (action, policy.log_density(action))
+            action, drawn = policy.explore(state, observation, key)
+            return action, memory, drawn
 
         now, (lived, (action, log_density)), episodes = rollouts.collect(
             env, env_params, state.interaction, collect_key, config.num_steps, follow
@@ -259,7 +146,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             reward, value, next_value, lived.terminated, lived.truncated, config.discount, config.gae_decay
         )
         batch = Batch(observation, action, log_density, value, advantage, advantage + value)
-        batch = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), batch)
+        batch = jax.tree.map(lambda x: x.reshape(clock.env_steps, *x.shape[2:]), batch)
 
         # Epochs of minibatches.
         learner, losses = rollouts.epochs(
@@ -269,36 +156,13 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         normalizer = state.normalizer
         if normalizer is not None:
-            normalizer = normalization.update(normalizer, lived.observation.reshape(rows, *lived.observation.shape[2:]))
+            seen = lived.observation.reshape(clock.env_steps, *lived.observation.shape[2:])
+            normalizer = normalization.update(normalizer, seen)
         unit = normalization.unit(scale)
         metrics = losses | {"value": value * unit, "target": batch.target * unit}
         return State(learner, now, normalizer, scale, key), episodes | jax.tree.map(average, metrics)
 
-    def taken(action: jax.Array) -> jax.Array:
-        """What the environment is given."""
-        return jnp.clip(action, -1, 1) if continuous else action
-
-    def act(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
-        return taken(network.apply(state.learner.parameters, normalize(state.normalizer, observation))[0].mode())
-
-    def follow(state: State, observation: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        policy, _ = network.apply(state.learner.parameters, normalize(state.normalizer, observation))
-        return taken(policy.sample(key)), jnp.zeros(observation.shape[0])
-
-    def predict(state: State, observation: jax.Array, action: jax.Array) -> Law:
-        value = network.apply(state.learner.parameters, normalize(state.normalizer, observation))[1]
-        return law.equally_weighted(normalization.unit(state.scale) * value[:, None])
-
-    def export(state: State) -> dict[str, Any]:
-        parameters = state.learner.parameters["params"]
-        if continuous:
-            layers = parameters["actor"]["layers"]
-            return portable.mlp_policy(layers, outputs, state.normalizer, "tanh", squash=False)
-        parts = {"head": {"advantage": parameters["actor"]}, "torso": parameters.get("torso", {})}
-        return portable.greedy_policy(parts, outputs, state.normalizer, activation=np.array("tanh"))
-
-    claim = Claim(follow, predict, config.discount, learns_mean=True, of_states=True)
-    return Agent(init, step, memoryless(act), clock, claim, export)
+    return Agent(init, step, memoryless(policy.act), clock, policy.claim, policy.export)
 
 
 if __name__ == "__main__":

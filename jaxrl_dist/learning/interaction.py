@@ -67,10 +67,18 @@ def average(values: jax.Array, where: jax.Array | None = None) -> Average:
 
 
 def start(
-    env, env_params, key: jax.Array, num_envs: int, remember: Callable[[int], Any] = nothing_to_remember
+    env,
+    env_params,
+    key: jax.Array,
+    num_envs: int,
+    remember: Callable[[int], Any] = nothing_to_remember,
+    *,
+    per_environment: bool = False,
 ) -> Interaction:
-    """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`. remember: `Policy.start`."""
-    observation, environment = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), env_params)
+    """Reset `num_envs` environments with independent keys; every leaf `[num_envs, ...]`. remember: `Policy.start`;
+    per_environment: each has parameters of its own, leaves `[num_envs, ...]`."""
+    axes = (0, 0 if per_environment else None)
+    observation, environment = jax.vmap(env.reset, in_axes=axes)(jax.random.split(key, num_envs), env_params)
     environment, observation = split_rows(strengthen((environment, observation)))
     sums = jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs)
     return Interaction(environment, observation, *sums, remember(num_envs))
@@ -84,14 +92,18 @@ def step(
     key: jax.Array,
     memory: Any = (),
     remember: Callable[[int], Any] = nothing_to_remember,
+    *,
+    per_environment: bool = False,
 ) -> tuple[Interaction, Transition, dict[str, Average]]:
     """One step of every environment: action `[num_envs, *action]` -> transition with leaves `[num_envs, ...]`.
 
     memory: what the policy remembers after it chose the action; where the episode ends with this step, `remember` (the
-    policy's `start`) begins another. The metrics hold return and length of the episodes that ended with this step.
+    policy's `start`) begins another; per_environment: as in `start`. The metrics hold return and length of the episodes
+    that ended with this step.
     """
     num_envs = interaction.episode_return.shape[0]
-    observation, environment, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
+    axes = (0, 0, 0, 0 if per_environment else None)
+    observation, environment, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=axes)(
         jax.random.split(key, num_envs), interaction.environment, action, env_params
     )
     # The loop's carry must keep its types; some environments change them between reset and step.

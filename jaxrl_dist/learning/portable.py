@@ -73,6 +73,23 @@ def _statistics(normalizer) -> dict[str, Any]:
     return {"observation_mean": normalizer.mean, "observation_variance": normalizer.variance}
 
 
+def actor_policy(
+    parameters: Mapping[str, Any],
+    outputs: int,
+    normalizer=None,
+    activation: str = "relu",
+    *,
+    continuous: bool,
+    squash: bool = True,
+) -> dict[str, Any]:
+    """Arrays of the policy of a network with the perceptron `actor`, perhaps behind a `torso`: its outputs as an action
+    (`mlp_policy`), or where actions are a choice the one of the largest output."""
+    if continuous:
+        return mlp_policy(parameters["actor"]["layers"], outputs, normalizer, activation, squash)
+    parts = {"head": {"advantage": parameters["actor"]}, "torso": parameters.get("torso", {})}
+    return greedy_policy(parts, outputs, normalizer, activation=np.array(activation))
+
+
 def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=None, **extra: Any) -> dict[str, Any]:
     """Arrays of the policy that takes the action of largest value, from the parameters of a `networks.Torso` ("torso"),
     and of a `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").

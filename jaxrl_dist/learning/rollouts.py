@@ -29,19 +29,23 @@ def collect(
     steps: int,
     policy: Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any, Any]],
     remember: Callable[[int], Any] = nothing_to_remember,
+    *,
+    per_environment: bool = False,
 ) -> tuple[Interaction, Rollout, dict[str, Average]]:
     """Let a policy act for `steps` steps in every environment.
 
     policy: `(observation, memory, key) -> (action, memory, beside)`, leaves `[num_envs, ...]`; remember:
-    `Policy.start`. Returns where the environments stand then, what happened, and return and length of the episodes that
-    ended.
+    `Policy.start`; per_environment: each environment has parameters of its own, leaves `[num_envs, ...]`. Returns where
+    the environments stand then, what happened, and return and length of the episodes that ended.
     """
 
     # Not over an array of keys: under `vmap` JAX's reuse checker takes reading one at every turn for reuse.
     def one(now: Interaction, index: jax.Array):
         act_key, step_key = jax.random.split(jax.random.fold_in(key, index))
         action, memory, beside = policy(now.observation, now.memory, act_key)
-        now, transition, episodes = interaction.step(env, env_params, now, action, step_key, memory, remember)
+        now, transition, episodes = interaction.step(
+            env, env_params, now, action, step_key, memory, remember, per_environment=per_environment
+        )
         return now, (Rollout(transition, beside), episodes)
 
     now, (rollout, episodes) = jax.lax.scan(one, now, jnp.arange(steps))

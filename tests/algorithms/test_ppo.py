@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_dist.algorithms.policy_gradient import ppo
-from jaxrl_dist.learning import portable, returns
+from jaxrl_dist.learning import clipped, portable, returns
 from jaxrl_dist.learning.policies import Choice
 
 TINY = {"num_envs": 3, "num_steps": 8, "num_epochs": 2, "num_minibatches": 4, "hidden": (6, 5), "learning_rate": 0.02}
@@ -312,6 +312,6 @@ def test_defaults_are_cleanrls():
 def test_an_even_policy_at_the_start():
     agent, _ = agent_of("choice")
     state = by_hand.quick(agent.init)(jax.random.key(0))
-    policy, _ = ppo.Network((6, 5), 3, False).apply(state.learner.parameters, jnp.zeros((1, 3)))
+    policy, _ = clipped.Network((6, 5), 3, False).apply(state.learner.parameters, jnp.zeros((1, 3)))
     assert isinstance(policy, Choice)
     assert policy.entropy()[0] == pytest.approx(np.log(3), abs=1e-4)

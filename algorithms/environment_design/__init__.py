@@ -1,0 +1,1 @@
+"""Algorithms that choose the environments in which their agent learns."""

@@ -42,6 +42,16 @@ CONTINUOUS = World(Probe(), bare, LOOKS)
 DISCRETE = World(Probe(discrete_actions=2), bare, LOOKS, 2)
 
 
+class WithLevels(Probe):
+    """The probe with sixteen levels, which differ in their time limit and so not in values."""
+
+    def sample_level(self, key, params):
+        return params.replace(max_steps_in_episode=jax.random.randint(key, (), 2, 18))
+
+
+LEVELS = World(WithLevels(discrete_actions=2), bare, LOOKS, 2)
+
+
 def with_stock() -> World:
     """The discrete probe with a stock beside its observation."""
     env = stock.StockAugmented(DISCRETE.env, ProbeParams(max_steps_in_episode=LIMIT), DISCOUNT, -1.0, 1.0)
@@ -187,6 +197,17 @@ def best_and_noise(world: World, case: Any) -> Transition:
     return logged(world, case, 0.3)
 
 
+ON_POLICY = {
+    "num_envs": 4, "num_steps": 16, "num_epochs": 2, "num_minibatches": 4, "hidden": (16, 16), "discount": DISCOUNT,
+    "gae_decay": 0.95, "entropy_weight": 0.01, "learning_rate": 1e-2,
+}  # fmt: skip
+ON_POLICY_QUIET = {"entropy_weight": 0.0, "learning_rate": 3e-3}
+ON_POLICY_FEELS = dict.fromkeys(
+    ("discount", "gae_decay", "clip_range", "value_weight", "entropy_weight", "learning_rate", "adam_epsilon",
+     "gradient_bound"), feels("parameters", "interaction"),
+)  # fmt: skip
+ON_POLICY_METRICS = "loss policy_loss value_loss entropy value target gradient_norm "
+
 OFFLINE = {"batch_size": 32}
 
 # The optimum is about -130; a policy of this age still falls back now and then.
@@ -319,17 +340,15 @@ CASES = {
         "clipped_mass", more_parts=with_priorities, old_rows=draws_old_rows, iterations=500, draws=True,
     ),
     "ppo": Case(
-        {
-            "num_envs": 4, "num_steps": 16, "num_epochs": 2, "num_minibatches": 4, "hidden": (16, 16),
-            "discount": DISCOUNT, "learning_rate": 1e-2,
-        },
-        {"entropy_weight": 0.0, "learning_rate": 3e-3},
-        dict.fromkeys(
-            ("discount", "gae_decay", "clip_range", "value_weight", "entropy_weight", "learning_rate", "adam_epsilon",
-             "gradient_bound"), feels("parameters", "interaction"),
-        ),
-        EPISODES + "loss policy_loss value_loss entropy approximate_kl clipped_ratios value target gradient_norm",
-        DISCRETE, Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300,
+        ON_POLICY, ON_POLICY_QUIET, ON_POLICY_FEELS,
+        EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios", DISCRETE, Learning("CartPole-v1", 100_000, 400),
+        replay=False, both=True, iterations=300,
+    ),
+    "plr": Case(
+        ON_POLICY | {"num_levels": 16, "robust": False}, ON_POLICY_QUIET,
+        ON_POLICY_FEELS | dict.fromkeys(("replay_probability", "minimum_fill", "temperature", "staleness"), LATER),
+        EPISODES + ON_POLICY_METRICS + "replays levels score", LEVELS, Learning("maze", 500_000, 0.5),
+        replay=False, both=True, iterations=300,
     ),
     "bc": Case(
         OFFLINE | {"learning_rate": 3e-3}, {}, {"learning_rate": only("parameters")},

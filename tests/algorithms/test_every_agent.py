@@ -356,7 +356,7 @@ def test_an_iteration_has_its_steps_and_updates(name):
 OTHERS = {
     "hidden": (9, 7), "actor_hidden": (9, 7), "critic_hidden": (9, 7), "bandwidths": (1.0, 4.0), "risk": "cvar:0.3",
     "kernel": "energy", "target_weights": "equal", "utility": "target", "head": "squashed", "best_percent": 50,
-    "annealing_steps": 50, "actor_decay_updates": 50,
+    "score": "positive_value_loss", "annealing_steps": 50, "actor_decay_updates": 50,
 }  # fmt: skip
 
 
@@ -450,11 +450,12 @@ def test_unsuitable_environments_are_refused(name):
 ANY_SIGN = {"target_entropy_per_action", "v_min", "v_max", "bandwidth_exponent"}
 AT_MOST_1 = {
     "discount", "polyak", "noise_reversion", "running_rate", "actor_dropout", "critic_dropout", "epsilon_start",
-    "epsilon_end", "importance_exponent", "gae_decay", "expectile",
+    "epsilon_end", "importance_exponent", "gae_decay", "expectile", "replay_probability", "minimum_fill",
+    "staleness",
 }  # fmt: skip
 ABOVE_0 = {
     "initial_temperature", "reward_scale", "min_std", "max_std", "target_bound", "bound_width", "adam_epsilon",
-    "action_gradient_bound", "stock_scale", "clip_range", "gradient_bound", "weight_bound",
+    "action_gradient_bound", "stock_scale", "clip_range", "gradient_bound", "weight_bound", "temperature",
 }  # fmt: skip
 COUNTS_FROM_0 = {"quantiles_dropped", "annealing_steps", "actor_decay_updates"}
 

@@ -101,15 +101,15 @@ class State(NamedTuple):
 
 def make_agent(config: Config, env, env_params) -> Agent:
     """PLR on the levels of one environment; called inside the trace, so that the floats of `config` may be tracers."""
-    require_environment(
-        hasattr(env, "sample_level"), env, "levels cannot be drawn", "sample_level(key, env_params) -> env_params"
-    )
     require(
         config.num_levels >= config.num_envs,
         f"--num-levels is {config.num_levels}; it must be at least --num-envs = {config.num_envs}",
     )
     clock = clipped.clock_of(config)
     network = clipped.network_of(config, env, env_params)
+    require_environment(
+        hasattr(env, "sample_level"), env, "levels cannot be drawn", "sample_level(key, env_params) -> env_params"
+    )
     optimizer = clipped.optimizer_of(config)
     policy = clipped.policy_of(network, config.discount)
 

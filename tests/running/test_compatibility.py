@@ -20,8 +20,8 @@ from jaxrl_dist.running.problem import RunOptions, split_preset
 
 MODULES = {name: cli.find_algorithm(name) for name in agents()}
 ENVIRONMENTS = [env_id for ids in envs.available().values() for env_id in ids]
-# Vectors and continuous actions, vectors of integers, images, a stock: what takes different ways through agents.
-KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble")
+# Vectors and continuous actions, vectors of integers, images, a stock, levels: each takes another way through agents.
+KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble", "maze")
 
 every_algorithm = pytest.mark.parametrize("name", MODULES)
 # Tracing brax takes its time.
@@ -195,7 +195,10 @@ REFUSED_BY_DISCRETE = {
 @every_algorithm
 def test_other_spaces_are_refused_by_what_they_are(name):
     module = MODULES[name]
-    continuous, discrete = (compatibility.refusal(module, *envs.make(x)) == "" for x in ("Pendulum-v1", "CartPole-v1"))
+    continuous, discrete = (  # algorithms that also need levels look at spaces first
+        not compatibility.refusal(module, *envs.make(env_id)).startswith("actions are")
+        for env_id in ("Pendulum-v1", "CartPole-v1")
+    )
     own = {} if continuous and discrete else REFUSED_BY_CONTINUOUS if continuous else REFUSED_BY_DISCRETE
     for why, (action_space, observation_space) in {**REFUSED_BY_ALL, **own}.items():
         env = Odd(action_space or (BOX if continuous else CHOICE), observation_space)

@@ -391,5 +391,6 @@ def test_the_agents_that_learn_a_mean():
         "td3",
         "sac",
         "ppo",
+        "plr",
     }
-    assert len(found) == 18
+    assert len(found) == 19

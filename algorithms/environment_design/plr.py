@@ -79,8 +79,8 @@ class Config(clipped.Settings):
 # Sizes for a CPU.
 PRESETS = {
     "maze": {
-        "total_steps": 2_000_000, "num_envs": 16, "num_steps": 128, "num_levels": 256, "replay_probability": 0.5,
-        "learning_rate": 5e-4,
+        "total_steps": 2_000_000, "num_envs": 16, "num_steps": 128, "num_minibatches": 4, "num_levels": 256,
+        "replay_probability": 0.5, "entropy_weight": 0.01, "learning_rate": 5e-4,
     },
 }  # fmt: skip
 

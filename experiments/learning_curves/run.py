@@ -57,6 +57,11 @@ SETTINGS = {
         "total_steps": 30_000,
         "algorithms": BALANCING,
     },
+    # On-policy agents take other numbers of steps: no curves beside the others'.
+    "on-policy/CartPole-v1": {"total_steps": 200_000, "algorithms": {"ppo": {}}},
+    "on-policy/Acrobot-v1": {"total_steps": 200_000, "algorithms": {"ppo": {}}},
+    "on-policy/Catch-bsuite": {"total_steps": 50_000, "algorithms": {"ppo": {}}},
+    "on-policy/Pendulum-v1": {"total_steps": 300_000, "algorithms": {"ppo": {}}},
 }
 
 
@@ -75,15 +80,15 @@ def main(
         out: folder to write to.
     """
     cli.spread_over_cores()
-    settings = SETTINGS[environment]
+    settings, env_id = SETTINGS[environment], environment.removeprefix("on-policy/")
     folder = out / environment.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     modules = {algorithm: cli.find_algorithm(algorithm) for algorithm in algorithms or settings["algorithms"]}
     for algorithm, module in modules.items():
-        preset = problem.split_preset(module.PRESETS.get(environment, {}))[1]
+        preset = problem.split_preset(module.PRESETS.get(env_id, {}))[1]
         overrides = {**preset, **settings["algorithms"][algorithm]}
         options = problem.RunOptions(
-            env_id=environment, total_steps=settings["total_steps"], num_seeds=num_seeds, eval_episodes=eval_episodes,
+            env_id=env_id, total_steps=settings["total_steps"], num_seeds=num_seeds, eval_episodes=eval_episodes,
             name=f"learning_curves-{time.strftime('%Y-%m-%d_%H-%M-%S')}",
         )  # fmt: skip
         started = time.perf_counter()

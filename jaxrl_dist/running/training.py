@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrl_dist import switches
 from jaxrl_dist.agent import Agent
-from jaxrl_dist.configuration import ConfigurationError
+from jaxrl_dist.configuration import ConfigurationError, require
 from jaxrl_dist.learning import replay
 from jaxrl_dist.learning.devices import DATA
 from jaxrl_dist.learning.interaction import Average, Interaction
@@ -71,11 +71,15 @@ def watched_names(metric_names: Sequence[str]) -> tuple[str, ...]:
 
 def begin(agent: Agent, key: jax.Array, freeze: bool = True) -> Training:
     """A run that has filled its replay and done no iteration yet; `freeze`: whether it is frozen when it breaks."""
-    state = agent.init(key)
+    return resumed(agent, agent.init(key), 0, freeze)
+
+
+def resumed(agent: Agent, state: Any, iteration: int, freeze: bool = True) -> Training:
+    """A run whose agent has this state after so many iterations, taken for sound; no metrics are counted yet."""
     names = metric_names(agent, state)
     return Training(
         state, jnp.zeros((2, len(names))), jnp.full(len(watched_names(names)), -1, jnp.int32),
-        tuple(_learned(state)) if freeze else (), jnp.int32(0),
+        tuple(_learned(state)) if freeze else (), jnp.int32(iteration),
     )  # fmt: skip
 
 
@@ -179,12 +183,14 @@ def make_train(
     env_params: Any,
     *,
     total_steps: int,
+    after_steps: int = 0,
     evaluations: int = 10,
     eval_episodes: int = 10,
     eval_max_steps: int = 0,
     progress: bool = False,
 ) -> Callable:
-    """The pure function `train(key, config, *data) -> (state, history)`, environments and evaluation inside of it.
+    """The pure function `train(key, config, *data, states=None) -> (state, history)`, environments and evaluation
+    inside of it.
 
     `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them. Of an
     algorithm that learns from given arrays, `data` is an argument of `train`, the same for all runs (`in_axes=None`).
@@ -194,13 +200,19 @@ def make_train(
     its last finite learner, others go on. All of it is 32-bit, under JAX_ENABLE_X64 as well. progress: print a line at
     every evaluation, one for all runs. `train` raises ConfigurationError under switches of JAX that it cannot bear
     (`switches.check`; jax_debug_nans).
+
+    after_steps: go on from `states`, the state that a `train` with these `total_steps` and the same key has returned;
+    what comes is what one longer run would have had from there on, bit for bit on a CPU. `history` is that of the rest.
+    A run that had diverged goes on from its last finite learner, and is not known as broken any more.
     """
     default_config = config
     tell = inside_program(total_steps) if progress else lambda now, returns, unit: now
     max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
     @switches.in_32_bits
-    def train(key: jax.Array, config: Any = default_config, *data: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def train(
+        key: jax.Array, config: Any = default_config, *data: Any, states: Any = None
+    ) -> tuple[Any, dict[str, jax.Array]]:
         switches.check()
         if jax.config.jax_debug_nans:
             raise ConfigurationError(
@@ -209,8 +221,14 @@ def make_train(
             )
         agent = make_agent(config, env, env_params, *data)
         clock, total_iterations = agent.clock, agent.clock.iterations(total_steps)
+        first = clock.iterations(after_steps) if after_steps else 0
+        require(
+            (states is None) == (after_steps == 0),
+            f"after_steps is {after_steps}, and states are {'not ' * (states is None)}given; both go together",
+        )
+        require(first < total_iterations, f"total_steps is {total_steps}; it must be above after_steps = {after_steps}")
         # Evaluations at even distances; the last one after the last iteration.
-        boundaries = np.round(np.linspace(0, total_iterations, evaluations + 1)).astype(np.int32)
+        boundaries = np.round(np.linspace(first, total_iterations, evaluations + 1)).astype(np.int32)
         training_key, evaluation_key = run_keys(key)
 
         def leg(training, boundary):
@@ -235,7 +253,8 @@ def make_train(
                 "diverged_at": jnp.where(first_broken == never, -1, first_broken),
             }  # fmt: skip
 
-        training, history = jax.lax.scan(leg, begin(agent, training_key), boundaries[1:])
+        start = begin(agent, training_key) if states is None else resumed(agent, states, first)
+        training, history = jax.lax.scan(leg, start, boundaries[1:])
         return training.state, history
 
     return train
@@ -304,7 +323,7 @@ class Programs:
         self.agent = make_agent(jax.tree.map(lambda x: np.ravel(x)[0], configs), env, env_params, *self.data)
         state = jax.eval_shape(self.agent.init, jax.random.key(0))
         self.metric_names = metric_names(self.agent, state)
-        self.runs_mode = runs_mode if runs_mode != "auto" else self.agent.runs_mode or _fastest_mode(state)
+        self.runs_mode = runs_mode if runs_mode != "auto" else self.agent.runs_mode or fastest_mode(state)
         max_steps = evaluation.episode_limit(env_params, eval_max_steps)
 
         def agent_of(config, data):
@@ -354,7 +373,7 @@ class Programs:
 
             def over_runs(*given):
                 every = (*given, *more(*given))
-                return _over_runs(function, self.runs_mode, shared + len(every) - len(given), donate, *every)
+                return over_runs(function, self.runs_mode, shared + len(every) - len(given), donate, *every)
 
             if data_parallel:
 
@@ -556,14 +575,14 @@ def grow_replay(runs: Training, like: Training) -> Training:
     return jax.jit(lambda runs: jax.tree.map(grown, runs, like, is_leaf=_is_record), out_shardings=shardings)(runs)
 
 
-def _fastest_mode(state: Any) -> RunsMode:
+def fastest_mode(state: Any) -> RunsMode:
     """`map` for wide networks on CPU, else `vmap` (measured in experiments/throughput); `state`: one run's shapes."""
     matrices = [x.shape for x in _learned(state) if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)]
     wide = max((min(shape[-2:]) for shape in matrices), default=0) >= WIDE
     return "map" if wide and jax.default_backend() == "cpu" else "vmap"
 
 
-def _over_runs(function, mode: RunsMode, shared: int, in_place: bool, *arguments):
+def over_runs(function, mode: RunsMode, shared: int, in_place: bool, *arguments):
     """Apply `function` to every run of this device; the last `shared` arguments are the same for all."""
     split = len(arguments) - shared
     batched, common = arguments[:split], arguments[split:]

@@ -22,6 +22,7 @@ from jaxrl_dist.learning import networks, returns
 from jaxrl_dist.learning.optimization import Trained
 from jaxrl_dist.learning.settings import Settings
 from jaxrl_dist.running import catalog
+from jaxrl_dist.running.checkpointing import Checkpoints
 
 AGENTS = [*catalog.agents()]
 every_agent = pytest.mark.parametrize("name", AGENTS)
@@ -202,6 +203,17 @@ def test_runs_depend_on_their_key_alone(name, lived):
     actions = start.experience.replay.rows.action
     size = start.experience.replay.size[0]
     assert (actions[built.base, :size] != actions[other, :size]).mean() > 0.2
+
+
+@every_agent
+def test_going_on_from_a_file_is_one_longer_run(name, lived, tmp_path):
+    """All lanes, with all that a state has in it, bit for bit."""
+    built, _, _, late, _ = lived(name)
+    once, checkpoints = built.advance(built.begin(), 1)[0], Checkpoints(tmp_path / "states")
+    checkpoints.save(1, once)
+    state = built.advance(checkpoints.load(1, once), LATE - 1)[0]
+    for one, other in zip(*map(jax.tree.leaves, (numbered(state), late)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def learned(learner) -> dict:

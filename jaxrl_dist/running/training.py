@@ -371,7 +371,7 @@ class Programs:
             """`more`: further shared arguments of `function`, made out of the others. Data is the last of `shared`."""
             shared += len(self.data)
 
-            def over_runs(*given):
+            def all_runs(*given):
                 every = (*given, *more(*given))
                 return over_runs(function, self.runs_mode, shared + len(every) - len(given), donate, *every)
 
@@ -379,12 +379,12 @@ class Programs:
 
                 def split_over_devices(*arguments):
                     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                        return over_runs(*arguments)
+                        return all_runs(*arguments)
 
                 return jax.jit(split_over_devices, donate_argnums=0 if donate else (), out_shardings=out)
             specs = (PartitionSpec("runs"),) * arguments + (PartitionSpec(),) * shared
             sharded = jax.shard_map(
-                over_runs, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("runs"), check_vma=False
+                all_runs, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("runs"), check_vma=False
             )
             return jax.jit(sharded, donate_argnums=0 if donate else ())
 

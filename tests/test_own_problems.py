@@ -27,12 +27,12 @@ def test_the_session_is_what_it_says(tmp_path):
             (tmp_path / re.match(r"# (\w+\.py)\n", text)[1]).write_text(text)
             continue
         done = subprocess.run(
-            ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800
+            ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     returns = {
         folder: pd.read_csv(tmp_path / "runs" / folder / "evaluations.csv")
-        for folder in ("ppo/rail.py:Rail/first", "dqn/rail.py:Rail/second", "reinforce/rail.py:Rail/second")
+        for folder in ("ppo/rail.py-Rail/first", "dqn/rail.py-Rail/second", "reinforce/rail.py-Rail/second")
     }
     for folder, episodes in returns.items():
         steps = sorted(episodes.env_steps.unique())

@@ -8,6 +8,8 @@ as in training (`random`). `summary.csv` holds interquartile means with 95 % int
 when a method that learns from all it plays has had as many updates as robust PLR in the end.
 
     python experiments/levels/run.py
+    python experiments/levels/run.py --methods "domain randomisation" PLR "robust PLR" --view 13 --total-steps 1500000 \
+      --evaluations 6 --out experiments/levels/everything_visible
 """
 
 import json
@@ -34,13 +36,18 @@ METHODS = {
 MEASURES = ("corridors_solved", "corridors_solved_by_mode", "random_solved", "random_part_of_best_return")
 
 
-def main(num_seeds: int = 6, total_steps: int = 4_000_000, evaluations: int = 16, out: Path = HERE) -> None:
-    """Train all methods and write the tables and the figure.
+def main(
+    methods: tuple[str, ...] = tuple(METHODS), num_seeds: int = 6, total_steps: int = 4_000_000, evaluations: int = 16,
+    view: int = 5, out: Path = HERE,
+) -> None:  # fmt: skip
+    """Train methods and write the tables and the figure.
 
     Args:
+        methods: which methods.
         num_seeds: seeds per method, trained together.
         total_steps: environment steps of each.
         evaluations: how often each is measured.
+        view: cells that the agent sees before it and to both sides; 13: everything.
         out: folder to write to.
     """
     cli.spread_over_cores()  # before environments are imported, which starts JAX
@@ -48,12 +55,13 @@ def main(num_seeds: int = 6, total_steps: int = 4_000_000, evaluations: int = 16
     from jaxrl_dist.algorithms.environment_design import plr
 
     started = time.perf_counter()
-    env, params = envs.make("maze")
+    out.mkdir(parents=True, exist_ok=True)
+    env, params = envs.make("maze", view=view)
     held_out = {"corridors": corridors(env.size, 100), "random": solvable(env, 400)}
     preset = problem.split_preset(plr.PRESETS["maze"])[1]
     rows = []
-    for method, changes in METHODS.items():
-        config = plr.Config(**preset | changes)
+    for method in methods:
+        config = plr.Config(**preset | METHODS[method])
         programs = training.Programs(plr.make_agent, config, env, params, num_runs=num_seeds, eval_states=0)
         measure = jax.jit(
             jax.vmap(
@@ -171,9 +179,12 @@ def summarise(results: pd.DataFrame, out: Path) -> None:
     last = results[results.env_steps == results.env_steps.max()]
     updates = last[last.method == "robust PLR"].student_updates.mean()
     # Methods that learn from all they play have had as many updates at about half of the steps.
-    times = {method: group.groupby("env_steps").student_updates.mean() for method, group in results.groupby("method")}
+    times = {
+        method: group.groupby("env_steps").student_updates.mean()
+        for method, group in results.groupby("method", sort=False)
+    }
     rows = []
-    for method in METHODS:
+    for method in times:
         of_method = results[results.method == method]
         for when, env_steps in (
             ("all steps", of_method.env_steps.max()), ("as many updates", (times[method] - updates).abs().idxmin())

@@ -76,8 +76,7 @@ def main(num_seeds: int = 6, episodes: int = 100, eval_episodes: int = 20, out: 
         })  # fmt: skip
     pd.DataFrame(summary).to_csv(out / "summary.csv", index=False)
     print(pd.DataFrame(summary).to_string(index=False))
-    for about in data.values():  # where the data of this run lay says nothing to others
-        about.pop("run", None)
+    data["expert"].pop("source")  # where that run lay says nothing to others
     about = {
         "command": recording.command_line(), "seconds": round(time.perf_counter() - started),
         "date": time.strftime("%Y-%m-%d"), "versions": recording.versions(), "data": data,

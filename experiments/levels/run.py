@@ -206,12 +206,9 @@ def summarise(results: pd.DataFrame, out: Path) -> None:
     table = pd.DataFrame(rows)
     table.to_csv(out / "summary.csv", index=False)
     print(table.to_string(index=False))
-    frames = {
-        method: group[["env_steps", "seed", "corridors_solved"]].rename(
-            columns={"corridors_solved": "evaluation_return"})
-        for method, group in results.groupby("method", sort=False)
-    }  # fmt: skip
-    plotting.learning_curve(frames, out / "figure.png", title=f"corridors solved, {results.seed.nunique()} seeds")
+    frames = {method: group for method, group in results.groupby("method", sort=False)}
+    title = f"mazes of 7 x 7, {results.seed.nunique()} seeds"
+    plotting.learning_curve(frames, out / "figure.png", title=title, metric="corridors_solved")
 
 
 if __name__ == "__main__":

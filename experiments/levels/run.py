@@ -7,9 +7,17 @@ carved by a depth-first search (`corridors`), which differ from all that are tra
 as in training (`random`). `summary.csv` holds interquartile means with 95 % intervals at the last time, and at the time
 when a method that learns from all it plays has had as many updates as robust PLR in the end.
 
+`scores.csv`, of domain randomisation: what scores say of the held-out random levels to an agent that chose none.
+Rank correlations over levels of each score (of 128 steps, as in training) with the true regret, the best return that is
+possible minus the mean of 32 episodes, and with the number of actions that a level needs; the same for MaxMC with the
+mean return of the level in place of V; and regret and needed actions of the fifth of the levels that a score ranks
+first.
+
     python experiments/levels/run.py
     python experiments/levels/run.py --methods "domain randomisation" PLR "robust PLR" --view 13 --total-steps 1500000 \
       --evaluations 6 --out experiments/levels/everything_visible
+    python experiments/levels/run.py --methods "domain randomisation" --total-steps 2000000 --evaluations 2 \
+      --out experiments/levels/scores
 """
 
 import json
@@ -80,6 +88,11 @@ def main(
                     **{name: round(float(x[seed]), 4) for name, x in found.items()},
                 })  # fmt: skip
             print(pd.DataFrame(rows[-num_seeds:]).drop(columns="method").mean().round(3).to_dict(), method, flush=True)
+        if method == "domain randomisation":
+            agent = programs.agent
+            scored = jax.jit(jax.vmap(scorer(agent, config, env, params, held_out["random"])))
+            found = jax.device_get(scored(runs.state, jax.vmap(jax.random.fold_in, (0, None))(keys, 10**6)))
+            correlations(found).to_csv(out / "scores.csv", index=False)
     results = pd.DataFrame(rows)
     results.to_csv(out / "results.csv", index=False)
     summarise(results, out)
@@ -175,9 +188,69 @@ def measurer(agent, num_levels: int, env, params, held_out: dict):
     return measure
 
 
+def scorer(agent, config, env, params, held_out):
+    """`(state, key)` -> of every level its scores, true regret and needed actions."""
+    from jaxrl_dist.distributional import law
+    from jaxrl_dist.envs import maze
+    from jaxrl_dist.learning import interaction, levels, returns, rollouts
+
+    count, episodes = held_out.direction.shape[0], 32
+    needed = jax.vmap(maze.actions_needed)(held_out)
+    each = jax.vmap(lambda level: params.replace(level=level, fresh_levels=jnp.zeros((), bool)))(held_out)
+
+    def score(state, key):
+        def follow(observation, memory, key):
+            return agent.claim.policy(state, observation, key)[0], memory, ()
+
+        def values(observation):
+            flat = observation.reshape(-1, observation.shape[-1])
+            return law.mean(agent.claim.law(state, flat, jnp.zeros(len(flat)))).reshape(observation.shape[:-1])
+
+        def play(key, steps):
+            start_key, key = jax.random.split(key)
+            now = interaction.start(env, each, start_key, count, per_environment=True)
+            return rollouts.collect(env, each, now, key, steps, follow, per_environment=True)[1].transition
+
+        key, long_key = jax.random.split(key)
+        lived = play(key, config.num_steps)
+        done = lived.terminated | lived.truncated
+        value, following = values(lived.observation), values(lived.next_observation)
+        advantage = returns.gae(
+            lived.reward, value, following, lived.terminated, lived.truncated, config.discount, config.gae_decay
+        )
+        many = play(long_key, episodes * params.max_steps_in_episode)
+        mean = many.reward.sum(0) / (many.terminated | many.truncated).sum(0)
+        largest = levels.largest_return(lived.reward, done)
+        return {
+            "MaxMC": levels.maximum_monte_carlo(value, largest, done),
+            "MaxMC with true returns": largest - mean,
+            "PVL": levels.positive_value_loss(advantage, done),
+            "regret": 1 - 0.9 * needed / params.time_scale - mean, "needed": needed.astype(jnp.float32),
+        }  # fmt: skip
+
+    return score
+
+
+def correlations(found: dict) -> pd.DataFrame:
+    rows = []
+    for seed in range(len(found["regret"])):
+        levels = pd.DataFrame({name: x[seed] for name, x in found.items()})
+        ranks = levels.corr(method="spearman")
+        for score in ("MaxMC", "MaxMC with true returns", "PVL"):
+            first = levels.nlargest(len(levels) // 5, score)
+            rows.append({
+                "score": score, "seed": seed, "with_regret": round(ranks.regret[score], 3),
+                "with_needed_actions": round(ranks.needed[score], 3), "mean_regret": round(levels.regret.mean(), 3),
+                "mean_regret_of_first_fifth": round(first.regret.mean(), 3),
+                "needed_actions": round(levels.needed.mean(), 2),
+                "needed_actions_of_first_fifth": round(first.needed.mean(), 2),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def summarise(results: pd.DataFrame, out: Path) -> None:
     last = results[results.env_steps == results.env_steps.max()]
-    updates = last[last.method == "robust PLR"].student_updates.mean()
+    updates = last.groupby("method").student_updates.mean().min()
     # Methods that learn from all they play have had as many updates at about half of the steps.
     times = {
         method: group.groupby("env_steps").student_updates.mean()

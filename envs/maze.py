@@ -10,8 +10,10 @@ batch of levels is a `vmap` over parameters; with `fresh_levels` (the default) e
 `sample_level`. The level of an episode stays in its state.
 
 Observations are flat: of the `view` x `view` cells that lie before and beside the agent, which stands in the middle of
-the nearest row, whether each is a wall or the border, then whether each is the goal, then the direction, one-hot. (In
-JaxUED object ids divided by 10 in three channels.) With `view` at least 2 `size` - 1 nothing is hidden.
+the nearest row, whether each is a wall or the border, then whether each is the goal, then the direction, one-hot, then
+t / T, cut to 1. (In JaxUED object ids divided by 10 in three channels, and no time.) With `view` at least 2 `size` - 1
+nothing is hidden. The reward depends on the time, which agents without a memory cannot count: where they do not see it,
+their values are those of any time, and say little of a level (`shows_time=False`, experiments/levels).
 """
 
 from typing import Any
@@ -59,13 +61,13 @@ class MazeParams(environment.EnvParams):
 class Maze(environment.Environment[MazeState, MazeParams]):
     """See the module's text. `walls`: how often a wall is put somewhere when a level is drawn, also onto walls."""
 
-    def __init__(self, size: int = 7, view: int = 5, walls: int = 8) -> None:
+    def __init__(self, size: int = 7, view: int = 5, walls: int = 8, shows_time: bool = True) -> None:
         super().__init__()
         require(size >= 2, f"size is {size}; it must be at least 2")
         require(view >= 1 and view % 2 == 1, f"view is {view}; it must be odd and at least 1")
         most = size**2 - 2  # which leaves two cells
         require(0 <= walls <= most, f"walls is {walls}; it must be in [0, {most}]")
-        self.size, self.view, self.walls = size, view, walls
+        self.size, self.view, self.walls, self.shows_time = size, view, walls, shows_time
 
     @property
     def name(self) -> str:
@@ -130,7 +132,9 @@ class Maze(environment.Environment[MazeState, MazeParams]):
         forward, side = jnp.meshgrid(jnp.arange(self.view), jnp.arange(self.view) - self.view // 2, indexing="ij")
         cells = state.position + forward[..., None] * ahead + side[..., None] * right
         walls, goal = self._is_wall(state.level, cells), (cells == state.level.goal).all(-1)
-        parts = walls.ravel(), goal.ravel(), jax.nn.one_hot(state.direction, 4)
+        parts = [walls.ravel(), goal.ravel(), jax.nn.one_hot(state.direction, 4)]
+        if self.shows_time:
+            parts.append(jnp.minimum(state.time / params.time_scale, 1)[None])
         return jnp.concatenate([part.astype(jnp.float32) for part in parts])
 
     def is_terminated(self, state: MazeState, params: MazeParams) -> jax.Array:
@@ -140,7 +144,7 @@ class Maze(environment.Environment[MazeState, MazeParams]):
         return spaces.Discrete(3)
 
     def observation_space(self, params: MazeParams | None = None) -> spaces.Box:
-        return spaces.Box(0.0, 1.0, (2 * self.view**2 + 4,))
+        return spaces.Box(0.0, 1.0, (2 * self.view**2 + 4 + self.shows_time,))
 
     def _is_wall(self, level: Level, cell: jax.Array) -> jax.Array:
         """Whether cells (x, y) `[..., 2]` are walls or outside, `[...]`."""

@@ -14,10 +14,8 @@ mean return of the level in place of V; and regret and needed actions of the fif
 first.
 
     python experiments/levels/run.py
-    python experiments/levels/run.py --methods "domain randomisation" PLR "robust PLR" --view 13 --total-steps 1500000 \
-      --evaluations 6 --out experiments/levels/everything_visible
-    python experiments/levels/run.py --methods "domain randomisation" --total-steps 2000000 --evaluations 2 \
-      --out experiments/levels/scores
+    python experiments/levels/run.py --no-shows-time --total-steps 4000000 --evaluations 16 \
+      --out experiments/levels/time_hidden
 """
 
 import json
@@ -45,8 +43,8 @@ MEASURES = ("corridors_solved", "corridors_solved_by_mode", "random_solved", "ra
 
 
 def main(
-    methods: tuple[str, ...] = tuple(METHODS), num_seeds: int = 6, total_steps: int = 4_000_000, evaluations: int = 16,
-    view: int = 5, out: Path = HERE,
+    methods: tuple[str, ...] = tuple(METHODS), num_seeds: int = 6, total_steps: int = 2_000_000, evaluations: int = 8,
+    view: int = 5, shows_time: bool = True, out: Path = HERE,
 ) -> None:  # fmt: skip
     """Train methods and write the tables and the figure.
 
@@ -56,6 +54,7 @@ def main(
         total_steps: environment steps of each.
         evaluations: how often each is measured.
         view: cells that the agent sees before it and to both sides; 13: everything.
+        shows_time: whether it sees the time.
         out: folder to write to.
     """
     cli.spread_over_cores()  # before environments are imported, which starts JAX
@@ -64,7 +63,7 @@ def main(
 
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    env, params = envs.make("maze", view=view)
+    env, params = envs.make("maze", view=view, shows_time=shows_time)
     held_out = {"corridors": corridors(env.size, 100), "random": solvable(env, 400)}
     preset = problem.split_preset(plr.PRESETS["maze"])[1]
     rows = []

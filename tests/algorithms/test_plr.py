@@ -159,7 +159,7 @@ def test_nothing_is_replayed_before_there_are_enough_levels():
 def test_exported_and_predicting(tmp_path):
     agent, _ = agent_of()
     state = by_hand.quick(agent.init)(jax.random.key(0))
-    observation = jax.random.normal(jax.random.key(1), (50, 22))
+    observation = jax.random.normal(jax.random.key(1), (50, 23))
     action = agent.policy.act(state, observation, (), jax.random.key(2))[0]
     portable.save_policy(tmp_path / "policy.npz", agent.export(state))
     np.testing.assert_array_equal(portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation)), action)

@@ -62,7 +62,7 @@ def test_it_keeps_the_contract():
     assert check_env(Maze()) == []
     env, params = envs.make("maze", size=5, view=3, walls=4, time_scale=20.0)
     assert (env.size, env.walls, params.time_scale) == (5, 4, 20.0)
-    assert env.observation_space(params).shape == (22,)
+    assert env.observation_space(params).shape == (23,)
 
 
 def test_around_the_wall_into_the_goal():
@@ -90,11 +90,15 @@ def test_what_it_sees():
     looks_right = np.asarray(lived[0][0])
     np.testing.assert_array_equal(looks_right[:9].reshape(3, 3), [[0, 0, 1], [1, 1, 1], [0, 0, 1]])
     np.testing.assert_array_equal(looks_right[9:18].reshape(3, 3), [[0, 0, 0], [0, 0, 0], [0, 1, 0]])
-    np.testing.assert_array_equal(looks_right[18:], [1, 0, 0, 0])
+    np.testing.assert_array_equal(looks_right[18:], [1, 0, 0, 0, 0])
     looks_up = np.asarray(lived[2][0])  # from the middle of the left edge
     np.testing.assert_array_equal(looks_up[:9].reshape(3, 3), [[1, 0, 1], [1, 0, 0], [1, 1, 1]])
     assert not looks_up[9:18].any()
-    np.testing.assert_array_equal(looks_up[18:], [0, 0, 0, 1])
+    np.testing.assert_array_equal(looks_up[18:], [0, 0, 0, 1, 2 / 64])
+    late = play(env, fixed(env, CORNER, time_scale=4.0), [LEFT] * 5)
+    assert [float(step[0][-1]) for step in late] == [0, 0.25, 0.5, 0.75, 1, 1]
+    blind = Maze(size=3, view=3, walls=2, shows_time=False)
+    np.testing.assert_array_equal(play(blind, fixed(blind, CORNER), [LEFT, FORWARD])[2][0], looks_up[:-1])
 
 
 def test_episodes_end_at_the_time_limit_without_terminating():

@@ -21,6 +21,7 @@ from jaxrl_dist.studies.sweeps import SweepOptions
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = sorted(cli.algorithms())
+PENDULUM = "collect jaxrl_dist.envs.controllers:pendulum --env-id Pendulum-v1 --out d.npz"
 
 
 def run(*arguments, timeout=300) -> subprocess.CompletedProcess:
@@ -191,6 +192,22 @@ def test_a_run_has_a_place_of_its_own(command, tmp_path):
         ("train robust_risk --seed 2", "--seed is no option of jaxrl-dist train robust_risk"),
         ("list all", "'all' is one word too many for jaxrl-dist list"),
         ("evaluate", "the following arguments are required: RUN"),
+        ("collect", "the following arguments are required: SOURCE, --out"),
+        ("collect nowhere --out d.npz", "run folder nowhere does not exist"),
+        ("collect nowhere --out d.npz --env-id Pendulum-v1", "SOURCE is 'nowhere', a run, which has its environment"),
+        ("collect a.py:f --out d.npz", "SOURCE is 'a.py:f', a controller; --env-id must say for what"),
+        ("collect a.py:f --env-id Pendulum-v1 --out d.npz", "there is no file"),
+        (f"{PENDULUM} --explore", "--explore and --run-seed are for the folder of a run"),
+        (f"{PENDULUM} --random 1.5", "--random is 1.5; it must be in [0, 1]"),
+        (f"{PENDULUM} --random 0 1 0", "--random has 3 values; one or two are allowed"),
+        (f"{PENDULUM} --noise -0.5", "--noise is -0.5; it must be finite and in [0, inf)"),
+        (f"{PENDULUM} --episodes 0", "--episodes is 0; it must be a whole number in [1, 2147483647]"),
+        (f"{PENDULUM} --episode 3 --sed 1", "--sed is no option of jaxrl-dist collect; did you mean --seed?"),
+        (f"{PENDULUM} --env-options mas=1", "mas"),
+        (
+            "collect jaxrl_dist.envs.controllers:pendulum --env-id CartPole-v1 --out d.npz",
+            "SOURCE is 'jaxrl_dist.envs.controllers:pendulum', which",
+        ),
         ("evaluate nowhere", "run folder nowhere does not exist"),
         ("evaluate .", "config.json does not exist: no run folder"),
         ("evaluate . --episode 2 --sed 1", "--sed is no option of jaxrl-dist evaluate; did you mean --seed?"),

@@ -28,8 +28,8 @@ as the environment draws them, and takes the mode.
 Run:      python algorithms/environment_design/plr.py --env-id maze
 Expected: maze above 0.8 of 1 within 500,000 steps; experiments/levels has mazes that were never seen.
 
-The scores are as good as the values: where rewards depend on something that the student neither sees nor remembers, such
-as the time, easy levels rank first (experiments/levels).
+The scores are as good as the values: where rewards depend on what the student neither sees nor remembers, such as the
+time, easy levels rank first (experiments/levels).
 """
 
 from typing import Any, Literal, NamedTuple

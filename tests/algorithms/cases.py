@@ -347,7 +347,7 @@ CASES = {
     "plr": Case(
         ON_POLICY | {"num_levels": 16, "robust": False}, ON_POLICY_QUIET,
         ON_POLICY_FEELS | dict.fromkeys(("replay_probability", "minimum_fill", "temperature", "staleness"), LATER),
-        EPISODES + ON_POLICY_METRICS + "replays levels score", LEVELS, Learning("maze", 500_000, 0.5),
+        EPISODES + ON_POLICY_METRICS + "replays levels score", LEVELS, Learning("maze", 300_000, 0.7),
         replay=False, both=True, iterations=300,
     ),
     "bc": Case(

@@ -70,11 +70,8 @@ def main(
     for method in methods:
         config = plr.Config(**preset | METHODS[method])
         programs = training.Programs(plr.make_agent, config, env, params, num_runs=num_seeds, eval_states=0)
-        measure = jax.jit(
-            jax.vmap(
-                measurer(plr.make_agent(config, env, params), config.num_levels, env, params, held_out), in_axes=(0, 0)
-            )
-        )
+        agent = programs.agent
+        measure = jax.jit(jax.vmap(measurer(agent, config.num_levels, env, params, held_out)))
         keys = jax.random.split(jax.random.key(0), num_seeds)
         runs, done = programs.begin(keys), 0
         for boundary in np.round(np.linspace(0, programs.agent.clock.iterations(total_steps), evaluations + 1))[1:]:
@@ -88,7 +85,6 @@ def main(
                 })  # fmt: skip
             print(pd.DataFrame(rows[-num_seeds:]).drop(columns="method").mean().round(3).to_dict(), method, flush=True)
         if method == "domain randomisation":
-            agent = programs.agent
             scored = jax.jit(jax.vmap(scorer(agent, config, env, params, held_out["random"])))
             found = jax.device_get(scored(runs.state, jax.vmap(jax.random.fold_in, (0, None))(keys, 10**6)))
             correlations(found).to_csv(out / "scores.csv", index=False)
@@ -264,12 +260,7 @@ def summarise(results: pd.DataFrame, out: Path) -> None:
             at = of_method[of_method.env_steps == env_steps]
             row = {"method": method, "at": when, "env_steps": env_steps, "seeds": len(at),
                    "student_updates": round(at.student_updates.mean())}  # fmt: skip
-            for column in (
-                "corridors_solved",
-                "corridors_solved_by_mode",
-                "random_solved",
-                "random_part_of_best_return",
-            ):
+            for column in MEASURES:
                 values = at[column].to_numpy()
                 low, high = statistics.bootstrap_interval(values)
                 row |= {column: round(statistics.interquartile_mean(values), 3),

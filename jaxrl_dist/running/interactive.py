@@ -54,10 +54,8 @@ def over_devices(train: Callable, runs_mode: training.RunsMode = "auto") -> Call
         mesh = jax.make_mesh((devices,), ("runs",), (AxisType.Auto,), devices=jax.local_devices()[:devices])
 
         def one(key, *rest):
-            config, states = rest[:has_config], rest[has_config : has_config + has_states]
-            data = rest[has_config + has_states :]
-            given = dict(zip(("states",), states, strict=False))
-            return train(key, *config, *data, **given)
+            config, states = rest[:has_config], rest[has_config] if has_states else None
+            return train(key, *config, *rest[has_config + has_states :], states=states)
 
         split = 1 + has_config + has_states
 
@@ -77,8 +75,8 @@ def over_devices(train: Callable, runs_mode: training.RunsMode = "auto") -> Call
         mode = runs_mode
         if mode == "auto":
             first = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), x) for x in split]
-            given = {} if states is None else {"states": first.pop()}
-            mode = training.fastest_mode(jax.eval_shape(train, *first, *data, **given)[0])
+            state = None if states is None else first.pop()
+            mode = training.fastest_mode(jax.eval_shape(train, *first, *data, states=state)[0])
         devices = max(n for n in range(1, jax.local_device_count() + 1) if runs % n == 0)
         run, per_run, everywhere = program(devices, configs is not None, states is not None, len(data), mode)
         return run(*jax.device_put(tuple(split), per_run), *jax.device_put(data, everywhere))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrl_dist import threefry
 from jaxrl_dist.configuration import require
 from jaxrl_dist.distributional.law import Law
 
@@ -129,3 +130,6 @@ class Agent(NamedTuple):
     """`adapt(state, env_params, key) -> state`: what a meta-learner does before it is evaluated in an environment."""
     runs_mode: str | None = None
     """"map" where batching runs would execute every branch of them all; otherwise the toolkit chooses."""
+
+
+threefry.register()  # here, since every agent's file imports this one before anything is compiled

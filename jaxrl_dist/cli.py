@@ -38,7 +38,6 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     (`optuna_study`). With `--distributed` the same command runs on several processes (`hosts`), of which the first one
     prints.
     """
-    spread_over_cores()
     from jaxrl_dist.configuration import option
     from jaxrl_dist.running import compile_cache, folders, hosts, problem, session
     from jaxrl_dist.studies import optuna_study, study, sweeps
@@ -70,6 +69,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
         options, sweep, config = (
             dataclasses.replace(default, **values) for default, values in zip(defaults, read, strict=True)
         )
+        spread_over_cores(int(options.devices) if options.devices.isdecimal() else None)
         hosts.join(options.distributed, options.num_processes, options.process_id, options.device)
         if options.distributed != "off":
             options = dataclasses.replace(options, name=options.name or hosts.by_first(folders.date_and_time))
@@ -113,12 +113,18 @@ def _require_sound(folder: Path) -> None:
         )
 
 
-def spread_over_cores() -> None:
-    """On CPU, give JAX one device per core, so that seeds train side by side; must run before JAX starts."""
+def spread_over_cores(most: int | None = None) -> None:
+    """On CPU, give JAX one device per core, so that seeds train side by side; must run before JAX starts.
+
+    most: no more cores than that, for the threads of one device, too; None for all that this process may use.
+    """
     import jax
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if most and most < cores:
+            cores = most
+            os.environ.setdefault("PJRT_NPROC", str(cores))  # which XLA reads when it starts its threads
         jax.config.update("jax_num_cpu_devices", cores)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxrl_dist import threefry
 from jaxrl_dist.configuration import ConfigurationError
 
 RECORDED = (
@@ -27,7 +28,7 @@ RECORDED = (
     "jax_optimization_level",
 )
 # Names of what `recording.versions` holds for the same reason.
-ALSO_FIXED = ("matmul_precision", "xla_flags")
+ALSO_FIXED = ("matmul_precision", "xla_flags", "threefry")
 
 # What no run here can bear: the switch -> the values that are allowed, and why.
 ALLOWED = {
@@ -41,10 +42,11 @@ _HARMLESS_FLAGS = ("--xla_force_host_platform_device_count", "--xla_dump")
 
 
 def recorded() -> dict[str, Any]:
-    """`{switch: value}` for what is recorded with a run: `RECORDED`, and XLA's flags that may change its numbers."""
+    """`{switch: value}` for what is recorded with a run: `RECORDED`, XLA's flags that may change its numbers, and which
+    code draws random bits on CPUs."""
     values = {name: getattr(jax.config, name, None) for name in RECORDED}
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_HARMLESS_FLAGS)]
-    return values | {"xla_flags": " ".join(sorted(flags))}
+    return values | {"xla_flags": " ".join(sorted(flags)), "threefry": threefry.in_use()}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ def run(*arguments, timeout=300) -> subprocess.CompletedProcess:
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Runs `jaxrl-dist ...` in this process, in an empty folder: its exit code, and what it wrote to stdout, stderr."""
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)  # too late in a process that has used JAX
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)  # too late in a process that has used JAX
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments) -> tuple[int, str, str]:
@@ -356,7 +356,7 @@ def test_a_preset_sets_options_of_the_run_and_those_given_override_it(monkeypatc
     from jaxrl_dist.algorithms.value_based import dqn
 
     asked = []
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)  # too late in a process that has used JAX
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)  # too late in a process that has used JAX
     monkeypatch.setattr(cli, "_require_sound", lambda folder: None)
     monkeypatch.setattr(session, "train", lambda problem, console: asked.append(problem))
     presets = {"CartPole-v1": {"total_steps": 777, "warmup_steps": 64, "hidden": (8,)}, "small": {"total_steps": 900}}

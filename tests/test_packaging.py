@@ -31,7 +31,7 @@ FORBIDDEN = {
 # Wings of the toolkit, the highest first: a file imports from its own and from lower ones, at whatever place in it.
 WINGS = (
     "__main__", "cli", "reports", "studies", "running", "learning", "records", "agent", "distributional", "switches",
-    "outside", "configuration", "wording",
+    "threefry", "outside", "configuration", "wording",
 )  # fmt: skip
 # What algorithm files are made of, beside environments: nothing that runs them but the command line's last line.
 FOR_ALGORITHMS = ("agent", "cli", "configuration", "distributional", "learning", "records")

@@ -26,6 +26,7 @@ Run:      python algorithms/actor_critic/stac.py --env-id Pendulum-v1
 Expected: Pendulum-v1 above -200 within 15,000 steps (without dropout while acting): experiments/learning_curves.
 """
 
+import itertools
 from typing import Annotated, NamedTuple
 
 import chex
@@ -38,7 +39,7 @@ from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Bounds, NonNegative, Positive, configuration
 from jaxrl_dist.distributional import gaussian
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, networks, policies, portable, soft
+from jaxrl_dist.learning import draws, experience, networks, policies, portable, soft
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.normalization import normalize
@@ -84,11 +85,15 @@ class DropoutMLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, dropout: jax.Array | None) -> jax.Array:
-        for index, width in enumerate(self.features[:-1]):
+        *hidden, _ = self.features
+        if dropout is not None:  # the probability of a unit to be dropped, which flax's own layer wants static
+            # Of all layers at once, since every draw is code of its own to compile.
+            kept = draws.mask(self.make_rng("dropout"), 1 - dropout, (len(inputs), sum(hidden)))
+            kept = jnp.split(kept, list(itertools.accumulate(hidden[:-1])), axis=-1)
+        for index, width in enumerate(hidden):
             inputs = networks.MLP((width,), name=f"layer_{index}")(inputs)
-            if dropout is not None:  # the probability of a unit to be dropped, which flax's own layer wants static
-                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - dropout, inputs.shape)
-                inputs = jnp.where(kept, inputs / (1 - dropout), 0)
+            if dropout is not None:
+                inputs = jnp.where(kept[index], inputs / (1 - dropout), 0)
             inputs = nn.relu(nn.LayerNorm(epsilon=1e-5, name=f"norm_{index}")(inputs))
         return networks.MLP(self.features[-1:], name=f"layer_{len(self.features) - 1}")(inputs)
 

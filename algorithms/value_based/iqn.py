@@ -38,7 +38,7 @@ from jaxrl_dist.configuration import Count, NonNegative, configuration
 from jaxrl_dist.distributional import law, quantile
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
-from jaxrl_dist.learning import experience, greedy, networks, portable
+from jaxrl_dist.learning import draws, experience, greedy, networks, portable
 from jaxrl_dist.learning.experience import Batch, Experience
 from jaxrl_dist.learning.interaction import Average, average
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -150,9 +150,9 @@ def make_agent(config: Config, env, env_params) -> Agent:
         """One gradient step, and the copy into the target network when it is due."""
         # Fractions: three independent draws. The same ones on both sides of the loss would bias its gradient.
         online_key, target_key, policy_key = jax.random.split(key, 3)
-        fractions = jax.random.uniform(online_key, (config.batch_size, config.num_fractions))
-        target_fractions = jax.random.uniform(target_key, (config.batch_size, config.num_target_fractions))
-        policy_fractions = jax.random.uniform(policy_key, (config.batch_size, config.num_policy_fractions))
+        fractions = draws.uniform(online_key, (config.batch_size, config.num_fractions))
+        target_fractions = draws.uniform(target_key, (config.batch_size, config.num_target_fractions))
+        policy_fractions = draws.uniform(policy_key, (config.batch_size, config.num_policy_fractions))
 
         # Target: the law of the successor's greedy action, both by the target network, moved by reward and discount.
         # One pass for the quantiles that choose, at distorted fractions, and those that follow, at fractions as drawn.
@@ -218,7 +218,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
     def drawn_values(state: State, observation: jax.Array, key: jax.Array) -> jax.Array:
         return action_values(
-            state, observation, jax.random.uniform(key, (observation.shape[0], config.num_policy_fractions))
+            state, observation, draws.uniform(key, (observation.shape[0], config.num_policy_fractions))
         )
 
     policy = greedy.policy_of(config, lambda state, x: action_values(state, x, midpoints(x)), drawn_values)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxrl_dist import outside
 from jaxrl_dist.configuration import require
+from jaxrl_dist.learning import draws
 from jaxrl_dist.learning.devices import split_rows
 from jaxrl_dist.learning.interaction import EXTRAS, Transition, transition_like
 from jaxrl_dist.learning.spaces import bounds_of, kind_of, spaces_of
@@ -130,7 +131,7 @@ def draw(data: Transition, key: jax.Array, size: int, best: Best | None = None) 
 
     In a data-parallel run they are split over the devices.
     """
-    rows = jax.random.randint(key, (size,), 0, best.count if best else len(data.reward))
+    rows = draws.integers(key, (size,), best.count if best else len(data.reward))
     rows = best.rows[rows] if best else rows
     return split_rows(jax.tree.map(lambda x: jnp.asarray(x)[rows], data))
 

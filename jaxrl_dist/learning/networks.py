@@ -3,6 +3,7 @@
 Weights start as the papers' official codes have them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -166,9 +167,22 @@ class CosineEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, fractions: jax.Array) -> jax.Array:
-        waves = jnp.cos(jnp.pi * jnp.arange(1, self.cosines + 1) * fractions[..., None])
+        waves = cosine_of_half_turns(jnp.arange(1, self.cosines + 1) * fractions[..., None])
         embedded = MLP((self.features,), name="dense")(waves.reshape(-1, self.cosines))
         return nn.relu(embedded).reshape(*fractions.shape, self.features)
+
+
+def cosine_of_half_turns(x: jax.Array) -> jax.Array:
+    """cos(pi x) of any shape, to 2e-7 for the x that is given: a polynomial, which fills vectors on a CPU.
+
+    XLA computes `jnp.cos` there one by one, which was a third of IQN's update.
+    """
+    # With y in [-1, 1] and t in [-1/2, 1/2], cos(pi x) = cos(pi y) = sin(pi t), by its series: the first term left out
+    # is below 6e-8.
+    y = x - 2 * jnp.round(x / 2)
+    t = 0.5 - jnp.abs(y)
+    terms = [(-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(6)]
+    return t * jnp.polyval(jnp.array(terms[::-1], jnp.float32), t * t, unroll=len(terms))
 
 
 class ImplicitQuantileHead(nn.Module):

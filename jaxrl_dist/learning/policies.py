@@ -7,6 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_dist.learning import draws
+
 
 def squashed_gaussian(
     key: jax.Array, mean: jax.Array, log_std: jax.Array, scale: float | jax.Array = 1.0
@@ -58,7 +60,7 @@ def epsilon_greedy(key: jax.Array, values: jax.Array, epsilon: float | jax.Array
     """
     explore_key, action_key = jax.random.split(key)
     shape = values.shape[:-1]
-    anything = jax.random.randint(action_key, shape, 0, values.shape[-1])
+    anything = draws.integers(action_key, shape, values.shape[-1])
     return jnp.where(jax.random.uniform(explore_key, shape) < epsilon, anything, values.argmax(-1).astype(jnp.int32))
 
 

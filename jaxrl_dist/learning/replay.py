@@ -7,6 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_dist.learning import draws
+
 
 class Replay(NamedTuple):
     """Stored rows and where the next ones go.
@@ -58,7 +60,7 @@ def sample_indices(replay: Replay, key: jax.Array, batch_size: int) -> jax.Array
 
     With replacement, because drawing without would sort or permute the whole buffer at every update.
     """
-    return jax.random.randint(key, (batch_size,), 0, replay.size)
+    return draws.integers(key, (batch_size,), replay.size)
 
 
 def gather(rows: chex.ArrayTree, indices: jax.Array) -> chex.ArrayTree:

@@ -9,7 +9,6 @@ Rockafellar and Uryasev, "Conditional value-at-risk for general loss distributio
 from collections.abc import Callable
 
 import numpy as np
-import scipy.stats
 from numpy.typing import ArrayLike
 
 
@@ -20,7 +19,11 @@ def interquartile_mean(values: ArrayLike, axis: int | None = None) -> np.ndarray
     nothing to average or when a value is NaN, which a trimmed mean would otherwise sort to the end and cut off.
     Source: arXiv 2108.13264, section 4.3.
     """
-    return scipy.stats.trim_mean(_checked("values", values), 0.25, axis=axis)
+    # As `scipy.stats.trim_mean` of a quarter, whose import takes as long as all of JAX's, at the start of every run.
+    values = _checked("values", values)
+    values = values.ravel() if axis is None else np.moveaxis(values, axis, -1)
+    cut = values.shape[-1] // 4
+    return np.partition(values, (cut, values.shape[-1] - cut - 1))[..., cut : values.shape[-1] - cut].mean(-1)
 
 
 def optimality_gap(scores: ArrayLike, threshold: float = 1.0, axis: int | None = None) -> np.ndarray | float:

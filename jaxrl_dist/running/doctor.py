@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 from packaging.requirements import Requirement
 
-from jaxrl_dist import switches
+from jaxrl_dist import switches, threefry
 from jaxrl_dist.running import compile_cache
 from jaxrl_dist.wording import counted
 
@@ -101,6 +101,7 @@ def report() -> str:
             or "default (full float32 on CPUs, less on TPUs and recent GPUs)",
             "64-bit floats": "on, but off while training" if jax.config.jax_enable_x64 else "off",
             "compile cache": _compile_cache(),
+            "random bits on a CPU": threefry.in_use(),
         },
     }
     lines = []

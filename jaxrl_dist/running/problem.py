@@ -95,7 +95,8 @@ class RunOptions:
     """where compiled programs are kept for the next start: auto (your cache folder, or JAX_COMPILATION_CACHE_DIR), off,
     or a folder that nobody else can write to, for what is read from it is executed"""
     devices: str = "all"
-    """devices of that kind over which runs are spread, evenly: all, or at most so many"""
+    """devices of that kind over which runs are spread, evenly: all, or at most so many. On a CPU these are its cores,
+    and 1 is the fastest for one seed of a small network"""
     data_parallel: bool = False
     """split the environments and batches of every run over the devices, instead of spreading runs over them"""
     distributed: str = "off"

@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from gymnax.environments import environment, spaces
 
+from jaxrl_dist.learning import draws
 from jaxrl_dist.learning.experience import Batch
 from jaxrl_dist.learning.optimization import Trained
 from jaxrl_dist.learning.returns import bootstrap_discount
@@ -346,7 +347,7 @@ def soft_actor_slope(sample: dict, action_slope: np.ndarray, temperature: float)
 def stored_rows(state, key, batch_size: int) -> dict[str, np.ndarray]:
     """The batch that a key draws from the replay of a state, normalised by hand, in float64."""
     rows, size = state.experience.replay.rows, int(state.experience.replay.size)
-    indices = np.asarray(jax.random.randint(key, (batch_size,), 0, size))
+    indices = np.asarray(draws.integers(key, (batch_size,), size))
     fields = {name: value for name, value in rows._asdict().items() if name != "extras"}
     batch = {name: np.asarray(value)[indices].astype(np.float64) for name, value in fields.items()}
     statistics = state.experience.normalizer
@@ -381,7 +382,7 @@ def stored_windows(state, key, config) -> dict[str, np.ndarray]:
     """The n-step transitions that a key draws from the replay of a state, one step after the other, in float64."""
     rows, replay = jax.device_get(state.experience.replay.rows), state.experience.replay
     capacity, batch = len(rows.reward), {name: [] for name in Batch._fields if name != "extras"}
-    for start in np.asarray(jax.random.randint(key, (config.batch_size,), 0, int(replay.size))):
+    for start in np.asarray(draws.integers(key, (config.batch_size,), int(replay.size))):
         reward, discount, slot = 0.0, 1.0, int(start)
         for step in range(config.num_steps):
             reward += discount * float(rows.reward[slot])

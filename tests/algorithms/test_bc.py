@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_dist.algorithms.offline import bc
-from jaxrl_dist.learning import datasets, portable
+from jaxrl_dist.learning import datasets, draws, portable
 from jaxrl_dist.learning.interaction import Transition
 from jaxrl_dist.learning.policies import Choice, Gaussian, SquashedGaussian
 
@@ -61,7 +61,7 @@ def test_updates_equal_numpy():
     second = {name: np.zeros_like(x) for name, x in net.items()}
     for time in range(1, 4):
         batch_key = jax.random.split(jax.random.clone(state.key))[1]
-        numbers = np.asarray(jax.random.randint(batch_key, (5,), 0, 24))
+        numbers = np.asarray(draws.integers(batch_key, (5,), 24))
         x, action = seen[numbers], data.action[numbers].astype(np.float64)
         state, metrics = step(state)
         hidden = np.maximum(x @ net["kernel_0"][0] + net["bias_0"][0], 0)

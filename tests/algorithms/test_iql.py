@@ -8,7 +8,7 @@ import pytest
 from test_bc import rows
 
 from jaxrl_dist.algorithms.offline import iql
-from jaxrl_dist.learning import datasets
+from jaxrl_dist.learning import datasets, draws
 
 SIZES = {"batch_size": 6, "actor_hidden": (6,), "critic_hidden": (5,), "discount": 0.9}
 
@@ -54,7 +54,7 @@ def test_the_numbers_of_an_update_are_those_of_loops_in_numpy():
     data, scale = rows(), 0.5
     agent = agent_of(data, reward_scale=scale, value_learning_rate=0.02)
     before = agent.init(jax.random.key(3))
-    numbers = np.asarray(jax.random.randint(jax.random.split(jax.random.clone(before.key))[1], (6,), 0, 24))
+    numbers = np.asarray(draws.integers(jax.random.split(jax.random.clone(before.key))[1], (6,), 24))
     after, metrics = by_hand.quick(agent.step)(before)
     critic = by_hand.network(before.learner.critic.parameters, "mlp")
     seen, action = (np.asarray(x, np.float64)[numbers] for x in (data.observation, data.action))

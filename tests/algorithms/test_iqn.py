@@ -10,6 +10,7 @@ from implicit_by_hand import EMBEDDING, HEAD, TORSO
 
 from jaxrl_dist.algorithms.value_based import iqn
 from jaxrl_dist.distributional import quantile
+from jaxrl_dist.learning import draws
 
 SIZES = {"num_fractions": 4, "num_target_fractions": 5, "num_policy_fractions": 3, "cosines": 6, "kappa": 0.5}
 
@@ -215,13 +216,13 @@ def test_updates_equal_loops_in_numpy(settings, distort, value):
         # The keys as `step` splits them: one environment step, then one update.
         key = jax.random.split(jax.random.clone(state.key), 3)[0]
         _, sample_key, fraction_key = jax.random.split(key, 3)
-        draws = tuple(
-            np.float64(jax.random.uniform(key, (config.batch_size, count)))
+        drawn = tuple(
+            np.float64(draws.uniform(key, (config.batch_size, count)))
             for key, count in zip(jax.random.split(fraction_key, 3), (4, 5, 3), strict=True)
         )
         before, (state, metrics) = state.learner, step(state)
         batch = by_hand.stored_windows(state, sample_key, config)
-        expected = slow_update(before, batch, draws, config, distort, value)
+        expected = slow_update(before, batch, drawn, config, distort, value)
         for path, adam in expected["adams"].items():
             by_hand.assert_network_is(state.learner.network.parameters, expected["network"][path], path)
             by_hand.assert_network_is(state.learner.target_network, expected["target_network"][path], path)

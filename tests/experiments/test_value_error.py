@@ -55,7 +55,7 @@ def test_states_are_drawn_from_all_snapshots_of_their_own_seed(laboratory):
 def test_measures_and_writes(laboratory, tmp_path, monkeypatch):
     small = {"warmup_steps": 200, "batch_size": 16, "actor_hidden": (8,), "critic_hidden": (8,)}
     monkeypatch.setitem(laboratory.SETTINGS, "Pendulum-v1", {"total_steps": 600, "config": small})
-    monkeypatch.setattr(laboratory.cli, "spread_over_cores", lambda: None)
+    monkeypatch.setattr(laboratory.cli, "spread_over_cores", lambda most=None: None)
     for agents, scale in ((("ddpg", "stac"), 1.0), (("ddpg",), 100.0)):
         laboratory.main(
             "Pendulum-v1", agents=agents, reward_scale=scale, num_seeds=2, evaluations=2, snapshots=2, states=6,

@@ -377,3 +377,12 @@ def test_noisy_layer_starts_as_the_paper_has_it():
         assert np.abs(parameters[name]).max() <= 0.1
         assert np.abs(parameters[name]).max() > 0.09
         np.testing.assert_allclose(parameters[f"{name}_noise"], np.full(parameters[name].shape, 0.4 / 10), rtol=1e-6)
+
+
+def test_cosine_of_half_turns():
+    x = np.linspace(-64, 64, 200_001).astype(np.float32)
+    found = np.asarray(jax.jit(networks.cosine_of_half_turns)(x))
+    np.testing.assert_allclose(found, np.cos(np.pi * x.astype(float)), atol=2e-7)
+    np.testing.assert_array_equal(networks.cosine_of_half_turns(jnp.array([0.0, 1.0, 2.0, -3.0])), [1, -1, 1, -1])
+    slope = jax.vmap(jax.grad(networks.cosine_of_half_turns))(jnp.array([0.3, 1.7, 10.25]))
+    np.testing.assert_allclose(slope, -np.pi * np.sin(np.pi * np.array([0.3, 1.7, 10.25])), rtol=1e-5)

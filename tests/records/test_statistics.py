@@ -56,6 +56,13 @@ def test_interquartile_mean_is_rliables(shape):
     assert interquartile_mean(scores) == pytest.approx(rliable_metrics.aggregate_iqm(scores), rel=1e-12)
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize("count", range(1, 14))
+def test_interquartile_mean_is_scipys_trimmed_mean(count, axis):
+    values = np.random.default_rng(count).normal(size=(count, 5))
+    np.testing.assert_allclose(interquartile_mean(values, axis), scipy.stats.trim_mean(values, 0.25, axis), rtol=1e-12)
+
+
 def test_interquartile_mean_along_an_axis():
     scores = np.random.default_rng(1).normal(size=(9, 4))
     by_column = [interquartile_mean(scores[:, task]) for task in range(4)]

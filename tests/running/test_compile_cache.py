@@ -96,7 +96,7 @@ import jax, os, toys
 from pathlib import Path
 from jaxrl_dist import cli
 
-cli.spread_over_cores = lambda: None  # which can be done only once in a process
+cli.spread_over_cores = lambda most=None: None  # which can be done only once in a process
 
 def start(name):
     jax.clear_caches()  # as a new process has none

@@ -83,7 +83,7 @@ def test_a_config_of_an_older_version_gets_defaults_and_says_which(tmp_path):
 
 @pytest.mark.parametrize("command", ["evaluate", "evaluate --gymnasium", "plot", "plot --distribution", "report"])
 def test_no_command_answers_a_damaged_folder_with_a_traceback(tmp_path, command, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)
     monkeypatch.chdir(tmp_path)
     for text in ("", "{", "[]", "{}", "\udcff", json.dumps(GOOD | {"options": {}})):
         (tmp_path / "config.json").write_text(text, errors="surrogateescape")

@@ -269,7 +269,7 @@ def test_rungs_that_cannot_be_are_refused_before_anything_compiles(sweep, change
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)
     module = cli.find_algorithm("tqc")
     with pytest.raises(SystemExit, match="2"):
         cli.main(module.Config, module.make_agent, module.PRESETS, [*arguments.split(), "--runs-folder", str(tmp_path)])

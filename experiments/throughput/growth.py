@@ -1,6 +1,6 @@
 """Does the cost of an update stay flat where a run grows? Replay capacity, environments, seeds, and log points.
 
-DQN with its sizes of `cases.py`, one core's devices as JAX finds them. `growth.csv` holds, for each quantity and size,
+DQN with its sizes of `cases.py`, on one device. `growth.csv` holds, for each quantity and size,
 microseconds per unit of work (an update; for environments an environment step; for log points an update, where the same
 updates are cut into so many calls) and the ratio to the smallest size. All sizes of one quantity are measured in turn.
 
@@ -12,15 +12,12 @@ import statistics
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import pandas as pd
 import tyro
-from cases import VALUES  # beside this file
-from serve import compiled
+from cases import VALUES, Case  # beside this file
+from serve import agent_of, compiled, training_of
 
-from jaxrl_dist.algorithms.value_based import dqn
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import training
 
 HERE = Path(__file__).parent
 
@@ -61,14 +58,8 @@ def main(
 
 def program(settings: dict, runs: int = 1):
     """`run(iterations)` of DQN with other settings."""
-    from jaxrl_dist import envs
-
-    agent = dqn.make_agent(dqn.Config(**VALUES | settings), *envs.make("CartPole-v1"))
-
-    def many(state, iterations):
-        return training.advance(agent, state, jnp.int32(0), iterations)
-
-    return compiled(lambda key: training.begin(agent, key), many, runs, fixed=False)
+    agent = agent_of(Case("dqn", "CartPole-v1", VALUES | settings))
+    return compiled(*training_of(agent), runs, fixed=False)
 
 
 def measured(what: str, sizes: dict, turns: int, seconds: float) -> list[dict]:

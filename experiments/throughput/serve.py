@@ -17,14 +17,18 @@ import jax
 import jax.numpy as jnp
 
 
-def ours(case: cases.Case):
-    """State and `many(state, iterations)` of an algorithm of this zoo, whichever year it is of."""
+def agent_of(case: cases.Case):
+    """The agent of an algorithm of this zoo, whichever year it is of."""
     from jaxrl_dist import envs
-    from jaxrl_dist.running import training
     from jaxrl_dist.running.catalog import find_algorithm
 
     module = find_algorithm(case.algorithm)
-    agent = module.make_agent(module.Config(**case.settings), *envs.make(case.environment))
+    return module.make_agent(module.Config(**case.settings), *envs.make(case.environment))
+
+
+def training_of(agent):
+    """`begin(key)` and `many(state, iterations)` of an agent's training."""
+    from jaxrl_dist.running import training
 
     def begin(key):
         return training.begin(agent, key)
@@ -33,6 +37,11 @@ def ours(case: cases.Case):
         return training.advance(agent, state, jnp.int32(0), iterations)
 
     return begin, many
+
+
+def ours(case: cases.Case):
+    """`begin` and `many` of an algorithm of this zoo."""
+    return training_of(agent_of(case))
 
 
 def rejax(case: cases.Case):
@@ -98,13 +107,9 @@ def floor(case: cases.Case):
     """Only the matrix products of ours, one after another."""
     import floor as products  # beside this file
 
-    from jaxrl_dist import envs
-    from jaxrl_dist.running.catalog import find_algorithm
-
     if case.runs > 1:
         return None
-    module = find_algorithm(case.algorithm)
-    agent = module.make_agent(module.Config(**case.settings), *envs.make(case.environment))
+    agent = agent_of(case)
     run = products.program(products.products_of(agent.step, jax.eval_shape(agent.init, jax.random.key(0))))
     run(1)  # compiles
     return run

@@ -33,11 +33,11 @@ TURN_SECONDS = 0.3
 class Side:
     """A process that serves: which Python, what it serves, and with how many threads."""
 
-    def __init__(self, python: Path, *serves: str, cores: int = 0) -> None:
+    def __init__(self, python: Path, *serves: str, cores: int = 0, script: Path = HERE / "serve.py") -> None:
         environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
         environment |= {"PJRT_NPROC": str(cores)} if cores else {}
         self.process = subprocess.Popen(
-            [python, HERE / "serve.py", *serves], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, script, *serves], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -48,6 +48,20 @@ class Side:
         if not answer:
             raise RuntimeError(f"a process ended at {question}; start it by hand to see why: {self.process.args}")
         return json.loads(answer)
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit that a checkout stands at."""
+    command = ["git", "-C", checkout, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def versions_of(peers: Path) -> dict[str, str]:
+    """The versions of what counts in the peers' environment."""
+    script = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in %r}))"
+    names = ("rejax", "gymnax", "flashbax", "jax", "jaxlib", "flax", "optax")
+    command = [peers / "bin/python", "-c", script % (names,)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def compare(name: str, sides: dict[str, Side], turns: int) -> list[dict]:
@@ -117,10 +131,9 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).to_csv(out / "side_by_side.csv", index=False)
     about = {
-        "command": "python experiments/throughput/side_by_side.py --before BEFORE --peers PEERS --purejaxrl DQN",
-        "turns": turns, "cores": os.cpu_count(), "seconds": round(time.perf_counter() - began),
-        "date": time.strftime("%Y-%m-%d"), "before": "32ce9fe" if before else None,
-        "peers": {"rejax": "0.1.3", "gymnax": "0.0.9", "purejaxrl": "19f8284"} if peers else None,
+        "command": recording.command_line(), "turns": turns, "cores": os.cpu_count(),
+        "seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"), "before": commit_of(before) if before else None,
+        "peers": versions_of(peers) if peers else None,
         "versions": recording.versions(),
     }  # fmt: skip
     (out / "side_by_side.json").write_text(json.dumps(about, indent=2, default=str) + "\n")

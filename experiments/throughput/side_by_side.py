@@ -132,8 +132,8 @@ def main(
         pd.DataFrame(rows).to_csv(out / "side_by_side.csv", index=False)
     about = {
         "command": recording.command_line(), "turns": turns, "cores": os.cpu_count(),
-        "seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"), "before": commit_of(before) if before else None,
-        "peers": versions_of(peers) if peers else None,
+        "seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"),
+        "before": commit_of(before) if before else None, "peers": versions_of(peers) if peers else None,
         "versions": recording.versions(),
     }  # fmt: skip
     (out / "side_by_side.json").write_text(json.dumps(about, indent=2, default=str) + "\n")

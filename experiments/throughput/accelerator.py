@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import pandas as pd
 import tyro
-from cases import CASES  # beside this file
 from serve import compiled, steps_of, training_of
 from serve import purejaxrl as purejaxrl_of
+from workloads import CASES  # beside this file
 
 from jaxrl_dist.records import recording
 from jaxrl_dist.running import problem

@@ -1,6 +1,6 @@
 """Does the cost of an update stay flat where a run grows? Replay capacity, environments, seeds, and log points.
 
-DQN with its sizes of `cases.py`, on one device. `growth.csv` holds, for each quantity and size,
+DQN with its sizes of `workloads.py`, on one device. `growth.csv` holds, for each quantity and size,
 microseconds per unit of work (an update; for environments an environment step; for log points an update, where the same
 updates are cut into so many calls) and the ratio to the smallest size. All sizes of one quantity are measured in turn.
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import tyro
-from cases import VALUES, Case  # beside this file
 from serve import agent_of, compiled, training_of
+from workloads import VALUES, Case  # beside this file
 
 from jaxrl_dist.records import recording
 

@@ -12,12 +12,12 @@ import sys
 import time
 import types
 
-import cases  # beside this file
 import jax
 import jax.numpy as jnp
+import workloads  # beside this file
 
 
-def agent_of(case: cases.Case):
+def agent_of(case: workloads.Case):
     """The agent of an algorithm of this zoo, whichever year it is of."""
     from jaxrl_dist import envs
     from jaxrl_dist.running.catalog import find_algorithm
@@ -39,12 +39,12 @@ def training_of(agent):
     return begin, many
 
 
-def ours(case: cases.Case):
+def ours(case: workloads.Case):
     """`begin` and `many` of an algorithm of this zoo."""
     return training_of(agent_of(case))
 
 
-def rejax(case: cases.Case):
+def rejax(case: workloads.Case):
     """The same for rejax, one of whose iterations is one environment step and one update."""
     import rejax as peer
     from flax import linen as nn
@@ -77,7 +77,7 @@ def rejax(case: cases.Case):
     return algorithm.init_state, many
 
 
-def purejaxrl(case: cases.Case, path: str):
+def purejaxrl(case: workloads.Case, path: str):
     """The same for purejaxrl's DQN, which trains from the start and for a fixed number of steps: there is no state."""
     if case.algorithm != "dqn":
         return None
@@ -98,12 +98,12 @@ def purejaxrl(case: cases.Case, path: str):
     return lambda key: key, lambda key, iterations: train(key)["metrics"]["loss"]
 
 
-def steps_of(case: cases.Case) -> int:
+def steps_of(case: workloads.Case) -> int:
     """What one call of purejaxrl's `train` does for each run; the first ones, until it holds a batch, do not update."""
     return max(4_000 // case.runs, 400)
 
 
-def floor(case: cases.Case):
+def floor(case: workloads.Case):
     """Only the matrix products of ours, one after another."""
     import floor as products  # beside this file
 
@@ -136,7 +136,7 @@ def main(what: str, *more: str) -> None:
     for line in sys.stdin:
         asked, began, cpu, answer = json.loads(line), time.perf_counter(), time.process_time(), {}
         if name := asked.get("compile"):
-            case, fixed = cases.CASES[name], what == "purejaxrl"
+            case, fixed = workloads.CASES[name], what == "purejaxrl"
             made = globals()[what](case, *more)
             run = compiled(*made, case.runs, fixed) if isinstance(made, tuple) else made
             steps = steps_of(case)

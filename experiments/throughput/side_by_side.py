@@ -1,6 +1,6 @@
 """Ours, ours before, the matrix products alone, and the peers that install: the same work in one run, in turn.
 
-Every side is a process of its own with its own Python, kept alive (`serve.py`); for each case of `cases.py` all
+Every side is a process of its own with its own Python, kept alive (`serve.py`); for each case of `workloads.py` all
 compile, with the compile cache off, and then train in turn, so that what else the machine does meets all of them. Sides
 called `1 core` have one thread (PJRT_NPROC=1). Writes `side_by_side.csv`, a row per case and side, and
 `side_by_side.json`.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import tyro
-from cases import CASES  # beside this file
+from workloads import CASES  # beside this file
 
 from jaxrl_dist.records import recording
 

@@ -84,7 +84,8 @@ LATER = feels("")
 
 
 class Learning(NamedTuple):
-    """What the agent must reach with its preset, as the median of three seeds: the mean return after so many steps."""
+    """What the agent must reach with its preset: the mean return at the last three of ten evaluations in so many steps,
+    as the median of three seeds."""
 
     env_id: str
     steps: int
@@ -210,8 +211,8 @@ ON_POLICY_METRICS = "loss policy_loss value_loss entropy value target gradient_n
 
 OFFLINE = {"batch_size": 32}
 
-# The optimum is about -130; a policy of this age still falls back now and then.
-PENDULUM = Learning("Pendulum-v1", 10_000, -200)
+# The optimum is about -130. Younger policies still fall back now and then, all soft ones about step 6,000.
+PENDULUM = Learning("Pendulum-v1", 15_000, -200)
 # The best return is 1: every ball caught.
 CATCH = Learning("Catch-bsuite", 20_000, 0.9)
 
@@ -265,7 +266,7 @@ CASES = {
             "target_noise": feels("critic_optimizer", "replay"),
             "target_noise_clip": feels("critic_optimizer", "replay"),
         },
-        learns=PENDULUM._replace(steps=15_000), draws=True,
+        draws=True,
     ),
     "ddpg": actor_critic(
         feels=TARGET_ACTOR_FEELS | {
@@ -280,7 +281,7 @@ CASES = {
             "action_gradient_bound": feels("actor_optimizer", "critic critic_optimizer replay"),
             "v_min": feels("critic_optimizer", "replay"), "v_max": feels("critic_optimizer", "replay"),
         },
-        "clipped_mass action_gradient_norm", polyak=False, learns=PENDULUM._replace(steps=15_000),
+        "clipped_mass action_gradient_norm", polyak=False,
     ),
     "dsac": actor_critic(
         {"updates_per_iteration": 2, "target_bound": 0.5, "activation": "relu", "gradient_bias": 0.0},
@@ -289,7 +290,7 @@ CASES = {
             name: feels("critic_optimizer", "replay")
             for name in ("reward_scale", "target_bound", "min_std", "max_std", "gradient_bias")
         },
-        "std clipped_targets", soft=True, iterations=1200, learns=PENDULUM._replace(steps=15_000),
+        "std clipped_targets", soft=True, iterations=1200,
     ),
     "dsac_t": actor_critic(
         {"updates_per_iteration": 2, "bound_width": 0.5}, {"bound_width": 3.0},

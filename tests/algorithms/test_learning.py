@@ -27,12 +27,14 @@ def test_learns(name, proof):
     config = dataclasses.replace(algorithm.Config(), **preset)
     train = jax.vmap(
         training.make_train(
-            algorithm.make_agent, config, env, params, total_steps=steps, evaluations=1, eval_episodes=40
+            algorithm.make_agent, config, env, params, total_steps=steps, evaluations=10, eval_episodes=40
         )
     )
     keys = jax.random.split(jax.random.key(0), 3)
     if name not in ALWAYS:
         proof(proofs.program(train, keys))
     _, history = jax.jit(train)(keys)
-    returns = np.asarray(history["evaluation_return"]).mean((1, 2))
+    # One look is luck: a policy that found its way can leave it for a thousand steps (DDPG at one look in twenty), and
+    # when it does so differs between processors, whose roundings differ.
+    returns = np.asarray(history["evaluation_return"]).mean(-1)[:, -3:]
     assert np.median(returns) >= at_least, returns

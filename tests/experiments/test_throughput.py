@@ -41,13 +41,13 @@ def test_products_of_a_function_by_hand(scripts):
 
 
 def test_floor_does_every_product_of_dqn(scripts):
-    import cases
     import floor
+    import workloads
 
     from jaxrl_dist import envs
     from jaxrl_dist.algorithms.value_based import dqn
 
-    agent = dqn.make_agent(dqn.Config(**cases.VALUES), *envs.make("CartPole-v1"))
+    agent = dqn.make_agent(dqn.Config(**workloads.VALUES), *envs.make("CartPole-v1"))
     state = jax.eval_shape(agent.init, jax.random.key(0))
     found = floor.products_of(agent.step, state)
     # Three layers: acting, target, forward, weights' gradients, and the inputs' but for the first layer's.

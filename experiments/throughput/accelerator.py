@@ -44,13 +44,13 @@ def main(
         mjx_envs: environments of PPO on MJX's hopper; 0 leaves it out.
         seconds: length of one measurement.
         minutes: after so long, nothing new is begun.
-        purejaxrl: `dqn.py` of a clone of purejaxrl, where what it needs is installed.
+        purejaxrl: folder of `dqn.py` in a clone of purejaxrl, where what it needs is installed.
         out: folder to write to.
     """
     began, rows, left_out = time.perf_counter(), [], []
     work = [(name, AGENTS[name], count, {}, {}) for count in runs for name in agents]
     if mjx_envs:
-        many = {"num_envs": mjx_envs, "steps_per_iteration": 16}
+        many = {"num_envs": mjx_envs, "num_steps": 16}
         work.append(("ppo", "brax/hopper", 1, {"backend": "mjx"}, many))
     work += [("purejaxrl", "CartPole-v1", count, {}, {}) for count in runs if purejaxrl]
     out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 `{"compile": case}` -> `{"seconds", "cpu_seconds", "updates"}`, and `"missing"` with a reason; then
 `{"run": iterations}` -> `{"seconds", "cpu_seconds"}` of training that goes on. The first argument says what is served:
-ours, floor, rejax, or purejaxrl with the path of its `dqn.py`. All train on one device.
+ours, floor, rejax, or purejaxrl with the folder of its `dqn.py` and `ppo.py`. All train on one device.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,18 @@ def rejax(case: workloads.Case):
     from rejax.algos import dqn, iqn
 
     settings = case.settings
+    if case.algorithm == "ppo":
+        network = {"hidden_layer_sizes": settings["hidden"], "activation": "tanh"}
+        shapes = {name: settings[name] for name in ("num_envs", "num_steps", "num_epochs", "num_minibatches")}
+        algorithm = peer.get_algo("ppo").create(
+            env=case.environment, total_timesteps=10_000_000, skip_initial_evaluation=True, max_grad_norm=0.5,
+            agent_kwargs=network, **shapes,
+        )  # fmt: skip
+
+        def rollouts(state, iterations):
+            return jax.lax.fori_loop(0, iterations, lambda _, state: algorithm.train_iteration(state), state)
+
+        return algorithm.init_state, rollouts
     common = {
         "env": case.environment, "num_envs": 1, "num_epochs": 1, "batch_size": settings["batch_size"],
         "buffer_size": settings["replay_capacity"], "fill_buffer": settings["batch_size"],
@@ -77,30 +90,52 @@ def rejax(case: workloads.Case):
     return algorithm.init_state, many
 
 
-def purejaxrl(case: workloads.Case, path: str):
-    """The same for purejaxrl's DQN, which trains from the start and for a fixed number of steps: there is no state."""
-    if case.algorithm != "dqn":
+def purejaxrl(case: workloads.Case, folder: str):
+    """The same for purejaxrl's DQN and PPO, which train from the start and for a fixed number of steps: there is no
+    state."""
+    if case.algorithm not in ("dqn", "ppo"):
         return None
+    import gymnax.wrappers.purerl
+
     jax.tree_map = jax.tree.map  # which it calls and JAX has no more
     sys.modules["wandb"] = types.ModuleType("wandb")
-    specification = importlib.util.spec_from_file_location("purejaxrl_dqn", path)
+    sys.modules["purejaxrl.wrappers"] = gymnax.wrappers.purerl  # what its own became
+    path = Path(folder) / f"{case.algorithm}.py"
+    specification = importlib.util.spec_from_file_location(f"purejaxrl_{case.algorithm}", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     settings = case.settings
-    config = {
-        "NUM_ENVS": 1, "BUFFER_SIZE": settings["replay_capacity"], "BUFFER_BATCH_SIZE": settings["batch_size"],
-        "TOTAL_TIMESTEPS": steps_of(case), "EPSILON_START": 1.0, "EPSILON_FINISH": 0.05,
-        "EPSILON_ANNEAL_TIME": 50_000, "TARGET_UPDATE_INTERVAL": 1_000, "LR": 2.5e-4,
-        "LEARNING_STARTS": settings["batch_size"], "TRAINING_INTERVAL": 1, "GAMMA": 0.99, "TAU": 1.0,
-        "ENV_NAME": case.environment,
-    }  # fmt: skip
+    config = {"ENV_NAME": case.environment, "NUM_ENVS": settings["num_envs"], "LR": 2.5e-4, "GAMMA": 0.99}
+    if case.algorithm == "dqn":
+        config |= {
+            "BUFFER_SIZE": settings["replay_capacity"], "BUFFER_BATCH_SIZE": settings["batch_size"],
+            "TOTAL_TIMESTEPS": steps_of(case), "EPSILON_START": 1.0, "EPSILON_FINISH": 0.05,
+            "EPSILON_ANNEAL_TIME": 50_000, "TARGET_UPDATE_INTERVAL": 1_000, "TAU": 1.0,
+            "LEARNING_STARTS": settings["batch_size"], "TRAINING_INTERVAL": 1,
+        }  # fmt: skip
+    else:
+        config |= {
+            "NUM_STEPS": settings["num_steps"], "UPDATE_EPOCHS": settings["num_epochs"],
+            "NUM_MINIBATCHES": settings["num_minibatches"], "ACTIVATION": "tanh", "ANNEAL_LR": False,
+            "TOTAL_TIMESTEPS": steps_of(case) * settings["num_envs"] * settings["num_steps"],
+            "GAE_LAMBDA": 0.95, "CLIP_EPS": 0.2, "ENT_COEF": 0.01, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5,
+        }  # fmt: skip
     train = module.make_train(config)
-    return lambda key: key, lambda key, iterations: train(key)["metrics"]["loss"]
+    return lambda key: key, lambda key, iterations: train(key)["metrics"]
 
 
 def steps_of(case: workloads.Case) -> int:
-    """What one call of purejaxrl's `train` does for each run; the first ones, until it holds a batch, do not update."""
+    """The iterations of one call of purejaxrl's `train` for each run; DQN's first ones, until it holds a batch, do not
+    update."""
+    if case.algorithm == "ppo":
+        return max(64 // case.runs, 4)
     return max(4_000 // case.runs, 400)
+
+
+def updates_of(case: workloads.Case, fixed: bool) -> float:
+    """Updates in an iteration of all runs."""
+    without = case.settings["batch_size"] / steps_of(case) if fixed and case.algorithm == "dqn" else 0
+    return case.runs * case.updates * (1 - without)
 
 
 def floor(case: workloads.Case):
@@ -139,9 +174,7 @@ def main(what: str, *more: str) -> None:
             case, fixed = workloads.CASES[name], what == "purejaxrl"
             made = globals()[what](case, *more)
             run = compiled(*made, case.runs, fixed) if isinstance(made, tuple) else made
-            steps = steps_of(case)
-            each = 1 - case.settings["batch_size"] / steps if fixed else case.settings["updates_per_iteration"]
-            answer = {"updates": case.runs * each, "iterations": steps if fixed else None}
+            answer = {"updates": updates_of(case, fixed), "iterations": steps_of(case) if fixed else None}
             answer |= {} if run else {"missing": f"{what} has no {name}"}
         else:
             run(asked["run"])

@@ -6,8 +6,8 @@ called `1 core` have one thread (PJRT_NPROC=1). Writes `side_by_side.csv`, a row
 `side_by_side.json`.
 
     git worktree add BEFORE 32ce9fe && make -C BEFORE setup
-    python -m venv PEERS && PEERS/bin/pip install rejax==0.1.3 gymnax==0.0.9 jax==0.10.2 jaxlib==0.10.2 flashbax
-    python experiments/throughput/side_by_side.py --before BEFORE --peers PEERS --purejaxrl PUREJAXRL/purejaxrl/dqn.py
+    python -m venv PEERS && PEERS/bin/pip install rejax==0.1.3 gymnax==0.0.9 jax==0.10.2 jaxlib==0.10.2 flashbax distrax
+    python experiments/throughput/side_by_side.py --before BEFORE --peers PEERS --purejaxrl PUREJAXRL/purejaxrl
 
 About 20 minutes on 2 cores. Ratios are medians over the turns of seconds of the side by those of ours in the same turn.
 """
@@ -59,7 +59,7 @@ def commit_of(checkout: Path) -> str:
 def versions_of(peers: Path) -> dict[str, str]:
     """The versions of what counts in the peers' environment."""
     script = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in %r}))"
-    names = ("rejax", "gymnax", "flashbax", "jax", "jaxlib", "flax", "optax")
+    names = ("rejax", "gymnax", "flashbax", "distrax", "jax", "jaxlib", "flax", "optax")
     command = [peers / "bin/python", "-c", script % (names,)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -110,7 +110,7 @@ def main(
     Args:
         before: another checkout of this repository with its `.venv`; left out if not given.
         peers: an environment in which rejax and what purejaxrl needs are installed.
-        purejaxrl: `dqn.py` of a clone of purejaxrl.
+        purejaxrl: folder of `dqn.py` and `ppo.py` in a clone of purejaxrl.
         turns: measurements of every side.
         only: cases, all if empty.
         out: folder to write to.

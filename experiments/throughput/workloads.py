@@ -1,4 +1,4 @@
-"""The work that `side_by_side.py` measures: one environment, one update per environment step, sizes of the papers."""
+"""The work that `side_by_side.py` measures: one environment and one update per step of it, but for PPO's rollouts."""
 
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ ACTORS = ONE_TO_ONE | {
     "updates_per_iteration": 1, "batch_size": 256, "actor_hidden": (256, 256), "critic_hidden": (256, 256),
 }  # fmt: skip
 SMALL = ACTORS | {"batch_size": 128, "actor_hidden": (64, 64), "critic_hidden": (64, 64)}
+ON_POLICY = {"num_envs": 4, "num_steps": 128, "num_epochs": 4, "num_minibatches": 4, "hidden": (64, 64)}
 PENDULUMS = {"v_min": -1650.0, "v_max": 0.0}  # the returns of Pendulum-v1
 
 
@@ -18,6 +19,12 @@ class Case(NamedTuple):
     environment: str
     settings: dict[str, Any]
     runs: int = 1
+
+    @property
+    def updates(self) -> int:
+        """Those of one iteration of one run."""
+        settings = self.settings
+        return settings.get("updates_per_iteration") or settings["num_epochs"] * settings["num_minibatches"]
 
 
 CASES = {
@@ -34,4 +41,7 @@ CASES = {
     "DQN 120-84, 4 seeds": Case("dqn", "CartPole-v1", VALUES, 4),
     "DQN 120-84, 16 seeds": Case("dqn", "CartPole-v1", VALUES, 16),
     "DQN 120-84, 64 seeds": Case("dqn", "CartPole-v1", VALUES, 64),
+    "PPO 64-64": Case("ppo", "CartPole-v1", ON_POLICY),
+    "PPO 64-64, 4 seeds": Case("ppo", "CartPole-v1", ON_POLICY, 4),
+    "PPO 64-64, 16 seeds": Case("ppo", "CartPole-v1", ON_POLICY, 16),
 }

@@ -24,6 +24,7 @@ from jaxrl_dist.envs.rescaling import rescale_actions
 from jaxrl_dist.envs.stock import GENERATORS as WITH_STOCK
 from jaxrl_dist.envs.stock import StockAugmented
 from jaxrl_dist.envs.tabular import GENERATORS
+from jaxrl_dist.envs.velocity_free import POSITIONS, velocity_free
 
 _CHECKED: set[tuple[str, str]] = set()
 
@@ -65,6 +66,7 @@ def available() -> dict[str, list[str]]:
         "comb_lock": ["comb_lock"],
         "maze": ["maze"],
         "tabular": [*GENERATORS, *WITH_STOCK],
+        "velocity_free": [f"velocity_free/{name}" for name in POSITIONS],
         # Examples: `stock/` may stand before every id whose observations are vectors.
         "stock": [f"stock/{name}" for name in (*WITH_STOCK, "bridge", "CartPole-v1")],
     }
@@ -104,6 +106,9 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     elif env_id in GENERATORS | WITH_STOCK:
         generator = (GENERATORS | WITH_STOCK)[env_id]
         construct, arguments = generator, _arguments(generator)
+    elif env_id.startswith("velocity_free/"):
+        name = env_id.removeprefix("velocity_free/")
+        construct, arguments = partial(velocity_free, name), _arguments(type(gymnax.make(name)[0]))
     elif env_id.startswith("stock/"):
         arguments = {k: v for k, v in _arguments(StockAugmented).items() if k not in ("env", "env_params")}
         inner = make(env_id.removeprefix("stock/"), **{k: v for k, v in options.items() if k not in arguments})

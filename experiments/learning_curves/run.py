@@ -46,6 +46,16 @@ BALANCING = {
 # The value-based family takes its presets, which differ in nothing but the representation of the return.
 VALUE_BASED = {name: {} for name in ("dqn", "c51", "qr_dqn", "iqn", "fqf", "mmd_dqn", "rainbow", "os_c51")}
 ACTOR_CRITIC = {name: {} for name in ("tqc", "sac", "td3", "ddpg", "d4pg", "dsac", "dsac_t", "stac")}
+# After a hyphen stands what differs from an algorithm's own preset.
+QUANTILE = {"critic": "quantile"}
+ON_POLICY = {"ppo": {}, "ppo-quantile": QUANTILE, "a2c": {}, "pqn": {}, "pg_rainbow": {}}
+MINATAR = {
+    "total_steps": 1_000_000,
+    "algorithms": {
+        "ppo": {"annealing_steps": 1_000_000}, "ppo-quantile": {"annealing_steps": 1_000_000, **QUANTILE},
+        "pqn": {},
+    },
+}  # fmt: skip
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": ACTOR_CRITIC},
     "CartPole-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
@@ -58,10 +68,22 @@ SETTINGS = {
         "algorithms": BALANCING,
     },
     # On-policy agents take other numbers of steps: no curves beside the others'.
-    "on-policy/CartPole-v1": {"total_steps": 200_000, "algorithms": {"ppo": {}}},
-    "on-policy/Acrobot-v1": {"total_steps": 200_000, "algorithms": {"ppo": {}}},
-    "on-policy/Catch-bsuite": {"total_steps": 50_000, "algorithms": {"ppo": {}}},
-    "on-policy/Pendulum-v1": {"total_steps": 300_000, "algorithms": {"ppo": {}}},
+    "on-policy/CartPole-v1": {"total_steps": 500_000, "algorithms": ON_POLICY},
+    "on-policy/Acrobot-v1": {"total_steps": 500_000, "algorithms": ON_POLICY},
+    "on-policy/Catch-bsuite": {"total_steps": 50_000, "algorithms": {"ppo": {}, "ppo-quantile": QUANTILE, "pqn": {}}},
+    "on-policy/Pendulum-v1": {"total_steps": 300_000, "algorithms": {"ppo": {}, "ppo-quantile": QUANTILE}},
+    "on-policy/MemoryChain-bsuite": {
+        "total_steps": 100_000,
+        "algorithms": {"ppo": {"num_envs": 8, "learning_rate": 1e-3}, "ppo_memory": {}},
+    },
+    "on-policy/velocity_free/CartPole-v1": {
+        "total_steps": 300_000,
+        "algorithms": {"ppo": {"num_envs": 8, "learning_rate": 1e-3}, "ppo_memory": {}},
+    },
+    "on-policy/Breakout-MinAtar": MINATAR,
+    "on-policy/Asterix-MinAtar": MINATAR,
+    "on-policy/SpaceInvaders-MinAtar": MINATAR,
+    "on-policy/Freeway-MinAtar": MINATAR,
 }
 
 
@@ -83,8 +105,9 @@ def main(
     settings, env_id = SETTINGS[environment], environment.removeprefix("on-policy/")
     folder = out / environment.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    modules = {algorithm: cli.find_algorithm(algorithm) for algorithm in algorithms or settings["algorithms"]}
-    for algorithm, module in modules.items():
+    for algorithm in algorithms or settings["algorithms"]:
+        name = algorithm.partition("-")[0]
+        module = cli.find_algorithm(name)
         preset = problem.split_preset(module.PRESETS.get(env_id, {}))[1]
         overrides = {**preset, **settings["algorithms"][algorithm]}
         options = problem.RunOptions(
@@ -92,7 +115,7 @@ def main(
             name=f"learning_curves-{time.strftime('%Y-%m-%d_%H-%M-%S')}",
         )  # fmt: skip
         started = time.perf_counter()
-        prepared = problem.prepare(algorithm, module.make_agent, module.Config(**overrides), options)
+        prepared = problem.prepare(name, module.make_agent, module.Config(**overrides), options)
         run_folder = session.train(prepared)
         about = recording.read_config(run_folder)
         about["command"] = recording.command_line()
@@ -101,7 +124,8 @@ def main(
         (folder / "metrics").mkdir(exist_ok=True)
         recording.read_metrics(run_folder).to_csv(folder / "metrics" / f"{algorithm}.csv", index=False)
         (folder / f"{algorithm}.json").write_text(json.dumps(about, indent=2) + "\n")
-        shutil.copy(run_folder / "return_distribution.png", folder / f"{algorithm}_return_distribution.png")
+        if (drawn := run_folder / "return_distribution.png").exists():  # not where an agent claims nothing
+            shutil.copy(drawn, folder / f"{algorithm}_return_distribution.png")
     summarise(environment, folder)
 
 
@@ -113,7 +137,9 @@ def summarise(environment: str, folder: Path) -> None:
             continue
         episodes = pd.read_csv(path)
         means = episodes.groupby(["env_steps", "seed"], as_index=False)["episode_return"].mean()
-        frames[cli.display_name(path.stem)] = means.rename(columns={"episode_return": "evaluation_return"})
+        name, _, variant = path.stem.partition("-")
+        label = cli.display_name(name) + (f", {variant}" if variant else "")
+        frames[label] = means.rename(columns={"episode_return": "evaluation_return"})
         last = episodes[episodes.env_steps == episodes.env_steps.max()]
         final = last.groupby("seed").episode_return.mean().to_numpy()
         low, high = statistics.bootstrap_interval(final)

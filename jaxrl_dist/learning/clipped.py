@@ -90,11 +90,15 @@ def optimizer_of(settings: Any) -> optax.GradientTransformation:
 
 
 class Network(nn.Module):
-    """Policy and value, `[batch, *observation]` -> law of actions, `[batch]`; apart from each other but for images."""
+    """Policy and value, `[batch, *observation]` -> law of actions, `[batch]`; apart from each other but for images.
+
+    With `num_quantiles`, the quantiles of the return instead of its mean: `[batch, num_quantiles]`.
+    """
 
     hidden: tuple[int, ...]
     outputs: int
     continuous: bool
+    num_quantiles: int = 0
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[Choice | Gaussian, jax.Array]:
@@ -104,19 +108,24 @@ class Network(nn.Module):
         features = features.reshape(features.shape[0], -1)
         # Small first outputs of the actor: a policy that is next to even.
         actor = networks.MLP((*hidden, self.outputs), nn.tanh, orthogonal=(2**0.5, 0.01), name="actor")(features)
-        value = networks.MLP((*hidden, 1), nn.tanh, orthogonal=(2**0.5, 1.0), name="critic")(features)[:, 0]
+        widths = *hidden, self.num_quantiles or 1
+        value = networks.MLP(widths, nn.tanh, orthogonal=(2**0.5, 1.0), name="critic")(features)
+        value = value if self.num_quantiles else value[:, 0]
         if not self.continuous:
             return Choice(actor), value
         log_std = self.param("log_std", nn.initializers.zeros, (self.outputs,))
         return Gaussian(actor, jnp.broadcast_to(log_std, actor.shape)), value
 
 
-def network_of(settings: Any, env, env_params) -> Network:
-    """The network for an environment. Raises UnsupportedEnvironment where its spaces are others than a choice of
-    actions with array observations, or vectors both."""
+def network_of(settings: Any, env, env_params, num_quantiles: int = 0) -> Network:
+    """The network for an environment, whose critic predicts so many quantiles, or with 0 the mean.
+
+    Raises UnsupportedEnvironment where its spaces are others than a choice of actions with array observations, or
+    vectors both.
+    """
     continuous = kind_of(spaces_of(env, env_params)[0]) == "continuous"
     outputs = (continuous_action_size if continuous else discrete_action_count)(env, env_params)
-    return Network(settings.hidden, outputs, continuous)
+    return Network(settings.hidden, outputs, continuous, num_quantiles)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -149,6 +158,15 @@ def value_loss(
         held = old_value + jnp.clip(value - old_value, -clip_range, clip_range)
         errors = jnp.maximum(errors, (held - target) ** 2)
     return 0.5 * errors.mean()
+
+
+def approximate_kl(log_ratio: jax.Array) -> jax.Array:
+    """Divergence of the old policy from the new one, estimated from `[batch]` log(new / old) of the old one's actions.
+
+    Mean of rho - 1 - log rho, which has the same expectation as that of -log rho, and is never negative (Schulman,
+    "Approximating KL Divergence", 2020).
+    """
+    return (jnp.exp(log_ratio) - 1 - log_ratio).mean()
 
 
 def normalized(advantage: jax.Array) -> jax.Array:
@@ -197,7 +215,8 @@ def policy_of(
         return taken(outputs(state, observation)[0].sample(key)), jnp.zeros(observation.shape[0])
 
     def predict(state: Any, observation: jax.Array, action: jax.Array) -> Law:
-        return law.equally_weighted(unit(state) * outputs(state, observation)[1][:, None])
+        atoms = outputs(state, observation)[1].reshape(observation.shape[0], -1)
+        return law.equally_weighted(unit(state) * atoms)
 
     def export(state: Any) -> dict[str, Any]:
         return portable.actor_policy(
@@ -205,4 +224,5 @@ def policy_of(
             continuous=network.continuous, squash=False,
         )  # fmt: skip
 
-    return ClippedPolicy(act, explore, Claim(follow, predict, discount, learns_mean=True, of_states=True), export)
+    claim = Claim(follow, predict, discount, learns_mean=not network.num_quantiles, of_states=True)
+    return ClippedPolicy(act, explore, claim, export)

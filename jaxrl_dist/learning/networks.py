@@ -1,4 +1,4 @@
-"""Torsos and heads: perceptrons single and in ensembles, MinAtar's convolution, duelling, noisy and cosine layers.
+"""Torsos and heads: perceptrons single and in ensembles, MinAtar's convolution, memory, duelling, noisy, cosine layers.
 
 Weights start as the papers' official codes have them.
 """
@@ -6,6 +6,7 @@ Weights start as the papers' official codes have them.
 import math
 from collections.abc import Callable, Sequence
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,53 @@ class Convolution(nn.Module):
         offsets = [(i, j) for i in range(self.size) for j in range(self.size)]
         patches = jnp.concatenate([image[:, i : i + height, j : j + width] for i, j in offsets], axis=-1)
         return patches @ kernel.reshape(fan_in, self.features) + bias
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class GRU(nn.Module):
+    """Gated recurrent units over sequences, `[batch, features]`, `[steps, batch, inputs]`, `[steps, batch]` -> the
+    memory after each step, `[steps, batch, features]`.
+
+    The third array says where a step is the first of an episode: it starts from a memory of 0, whatever was before.
+
+        r, z = sigmoid(W x + b + U h),   n = tanh(W x + b + r (U h + c)),   h' = (1 - z) n + z h
+
+    (Cho et al., arXiv 1406.1078, as cuDNN and flax's `GRUCell` have it, with the latter's initial weights.) That cell,
+    scanned, takes twice the time, forward and back on a CPU (3.6 against 1.6 ms for 64 steps of 8 rows, width 64): here
+    the products with the inputs are taken for all steps at once.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, memory: jax.Array, inputs: jax.Array, begins: jax.Array) -> jax.Array:
+        chex.assert_equal_shape_prefix([inputs, begins], 2)
+        chex.assert_equal_shape_prefix([memory, inputs[0]], 1)
+        width = self.features
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs.shape[-1], 3 * width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        recurrent_kernel = self.param("recurrent_kernel", _orthogonal_gates, (width, 3 * width))
+        recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, (width,))
+
+        def one(memory: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            memory = jnp.where(step[1][:, None], 0, memory)
+            of_inputs, of_memory = jnp.split(step[0], 3, -1), jnp.split(memory @ recurrent_kernel, 3, -1)
+            reset, keep = (nn.sigmoid(x + h) for x, h in zip(of_inputs[:2], of_memory[:2], strict=True))
+            candidate = jnp.tanh(of_inputs[2] + reset * (of_memory[2] + recurrent_bias))
+            memory = (1 - keep) * candidate + keep * memory
+            return memory, memory
+
+        return jax.lax.scan(one, memory, (inputs @ kernel + bias, begins))[1]
+
+
+def _orthogonal_gates(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A square orthogonal matrix for each of a GRU's three gates, side by side."""
+    return jnp.concatenate(_orthogonal(1.0)(key, (3, shape[0], shape[0])), axis=-1)
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
 
 
 class ActionHead(nn.Module):

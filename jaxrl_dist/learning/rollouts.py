@@ -60,21 +60,22 @@ def epochs(
     *,
     num_epochs: int,
     num_minibatches: int,
+    axis: int = 0,
 ) -> tuple[Any, Any]:
     """Go `num_epochs` times through `data`, leaves `[rows, ...]`, in minibatches of rows in an order drawn each time.
 
-    update: `(learner, minibatch) -> (learner, metrics)`. Only numbers of rows are shuffled, the data stays where it is.
-    Returns the learner and all metrics, leaves `[num_epochs, num_minibatches, ...]`. Raises ConfigurationError where
-    the rows do not divide into the minibatches.
+    update: `(learner, minibatch) -> (learner, metrics)`. With axis 1 leaves are `[steps, num_envs, ...]`, or
+    `[1, num_envs, ...]`, and a row is all of an environment: sequences stay whole, for policies that remember. Only
+    numbers of rows are shuffled, the data stays where it is. Returns the learner and all metrics, leaves
+    `[num_epochs, num_minibatches, ...]`. Raises ConfigurationError where the rows do not divide into the minibatches.
     """
-    rows = jax.tree.leaves(data)[0].shape[0]
-    require(
-        rows % num_minibatches == 0,
-        f"--num-minibatches is {num_minibatches}; it must divide the {rows} steps of a rollout",
-    )
+    rows = jax.tree.leaves(data)[0].shape[axis]
+    divided = f"--num-envs = {rows}" if axis else f"the {rows} steps of a rollout"
+    require(rows % num_minibatches == 0, f"--num-minibatches is {num_minibatches}; it must divide {divided}")
+    before = (slice(None),) * axis
 
     def one(learner: Any, numbers: jax.Array):
-        return update(learner, split_rows(jax.tree.map(lambda x: x[numbers], data)))
+        return update(learner, split_rows(jax.tree.map(lambda x: x[*before, numbers], data), axis))
 
     def epoch(learner: Any, index: jax.Array):
         order = jax.random.permutation(jax.random.fold_in(key, index), rows).reshape(num_minibatches, -1)

@@ -7,6 +7,7 @@ to be those of the probes, and which parts of its state each of its floats must,
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import by_hand
 import jax
 import jax.numpy as jnp
 
@@ -109,7 +110,7 @@ class Case(NamedTuple):
     iterations: int = 700
     """for the probes"""
     dead: tuple[str, ...] = ()
-    """floats that belong to a switch that is off"""
+    """settings that belong to a switch that is off"""
     more_parts: Callable[[Any, dict], dict] = lambda state, parts: parts
     """what else of a state is looked at by name"""
     draws: bool = False
@@ -209,6 +210,17 @@ ON_POLICY_FEELS = dict.fromkeys(
 )  # fmt: skip
 ON_POLICY_METRICS = "loss policy_loss value_loss entropy value target gradient_norm "
 
+DISTILLED = {
+    "warmup_steps": 30, "predictor_hidden": (8,), "target_hidden": (8,), "num_features": 4, "predictor_share": 0.6,
+}  # fmt: skip
+DISTILLED_FEELS = dict.fromkeys(
+    ("intrinsic_discount", "extrinsic_weight", "intrinsic_weight", "predictor_share"),
+    feels("parameters", "interaction"),
+)
+DISTILLED_METRICS = (
+    "approximate_kl clipped_ratios predictor_loss bonus intrinsic_reward intrinsic_value intrinsic_value_loss"
+)
+
 OFFLINE = {"batch_size": 32}
 
 # The optimum is about -130. Younger policies still fall back now and then, all soft ones about step 6,000.
@@ -250,6 +262,11 @@ def with_proposal(state, parts: dict) -> dict:
     """The proposal apart from the rest of the network."""
     network = {name: x for name, x in parts["network"].items() if name != "proposal"}
     return parts | {"network": network, "proposal": parts["network"]["proposal"]}
+
+
+def with_quantiles(state, parts: dict) -> dict:
+    """PG-Rainbow's IQN beside PPO's parts."""
+    return parts | {f"quantile_{name}": x for name, x in by_hand.parts(state.quantiles).items()}
 
 
 # -- the rows ---------------------------------------------------------------------------------------------------------
@@ -340,9 +357,78 @@ CASES = {
         },
         "clipped_mass", more_parts=with_priorities, old_rows=draws_old_rows, iterations=500, draws=True,
     ),
+    # Observations of 0 are all alike to a layer norm: what is normalised are first biases, which takes its time.
+    "pqn": Case(
+        {name: ON_POLICY[name] for name in ("num_envs", "num_steps", "num_epochs", "num_minibatches", "hidden")} | {
+            "discount": DISCOUNT, "learning_rate": 1e-2, "gradient_bound": 0.1, "epsilon_start": 1.0,
+            "epsilon_end": 0.5, "exploration_steps": 1000,
+        },
+        {"learning_rate": 3e-3, "gradient_bound": 10.0},
+        dict.fromkeys(
+            ("discount", "trace_decay", "reward_scale", "learning_rate", "gradient_bound"),
+            feels("parameters", "interaction"),
+        ) | {"epsilon_start": feels("parameters"), "epsilon_end": feels("", "others")},  # from the second rollout on
+        VALUE_METRICS, DISCRETE, Learning("Catch-bsuite", 50_000, 0.9), replay=False,
+    ),
+    # One step per rollout: as many as PPO makes need more rollouts.
+    "a2c": Case(
+        {
+            name: x for name, x in ON_POLICY.items() if name not in ("num_epochs", "num_minibatches", "learning_rate")
+        } | {"learning_rate": 2e-3},
+        {"entropy_weight": 0.0, "learning_rate": 1e-3},
+        {name: felt for name, felt in ON_POLICY_FEELS.items() if name not in ("clip_range", "adam_epsilon")}
+        | dict.fromkeys(("rmsprop_decay", "rmsprop_epsilon"), feels("parameters", "interaction")),
+        EPISODES + ON_POLICY_METRICS, DISCRETE, Learning("CartPole-v1", 200_000, 475),
+        replay=False, both=True, iterations=1500, dead=("adam_epsilon",),
+    ),
     "ppo": Case(
-        ON_POLICY, ON_POLICY_QUIET, ON_POLICY_FEELS,
-        EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios", DISCRETE, Learning("CartPole-v1", 100_000, 400),
+        ON_POLICY, ON_POLICY_QUIET, ON_POLICY_FEELS | {"target_kl": LATER},
+        EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios updates_made", DISCRETE,
+        Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300,
+        dead=("num_quantiles", "kappa", "risk"),  # of a critic of laws: see its own tests
+    ),
+    "ppo_memory": Case(
+        ON_POLICY | {"num_envs": 8, "num_minibatches": 2, "num_steps": 12, "hidden": (16,), "memory_size": 16},
+        ON_POLICY_QUIET, ON_POLICY_FEELS, EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios", DISCRETE,
+        Learning("MemoryChain-bsuite", 40_000, 0.9), replay=False, both=True, iterations=300,
+    ),
+    # PPO's loss never reaches the IQN; its epsilon is that of both.
+    "pg_rainbow": Case(
+        ON_POLICY | {
+            "num_quantiles": 5, "num_fractions": 5, "num_target_fractions": 6, "quantile_updates": 8, "batch_size": 32,
+            "replay_capacity": 4096, "target_period": 4, "quantile_learning_rate": 5e-3, "quantile_hidden": (16, 16),
+        },
+        ON_POLICY_QUIET,
+        dict.fromkeys(ON_POLICY_FEELS, feels("parameters", "interaction quantile_network quantile_optimizer")) | {
+            "discount": feels("parameters quantile_optimizer", "interaction"),
+            "adam_epsilon": feels("parameters quantile_network", "interaction"),
+            "quantile_learning_rate": feels("parameters quantile_network", "interaction"),
+            "kappa": feels("parameters quantile_optimizer", "interaction"),
+        },
+        EPISODES + ON_POLICY_METRICS
+        + "approximate_kl clipped_ratios quantile_loss quantile_gradient_norm quantile_value",
+        DISCRETE, None, replay=False, iterations=300, more_parts=with_quantiles,
+    ),
+    "props": Case(
+        # The first iteration has data of a rollout before it, and so its own behaviour policies.
+        ON_POLICY | {"behaviour_period": 4, "behaviour_learning_rate": 0.05, "kl_weight": 0.5},
+        ON_POLICY_QUIET | {"behaviour_learning_rate": 1e-3},
+        ON_POLICY_FEELS | {"gradient_bound": feels("parameters"), "adam_epsilon": feels("parameters")} | dict.fromkeys(
+            ("behaviour_learning_rate", "behaviour_clip_range", "behaviour_kl_bound", "kl_weight"), feels("behaviour"),
+        ),
+        EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios behaviour_kl behaviour_updates", DISCRETE,
+        Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300, dead=("ros_learning_rate",),
+        more_parts=lambda state, parts: parts | {"behaviour": state.behaviour},
+    ),
+    "rnd": Case(
+        ON_POLICY | DISTILLED, ON_POLICY_QUIET | {"intrinsic_weight": 0.0}, ON_POLICY_FEELS | DISTILLED_FEELS,
+        EPISODES + ON_POLICY_METRICS + DISTILLED_METRICS, DISCRETE, Learning("DeepSea-bsuite", 50_000, 0.9),
+        replay=False, both=True, iterations=300,
+    ),
+    "drnd": Case(
+        ON_POLICY | DISTILLED | {"num_targets": 3, "distance_weight": 0.6}, ON_POLICY_QUIET | {"intrinsic_weight": 0.0},
+        ON_POLICY_FEELS | DISTILLED_FEELS | {"distance_weight": feels("parameters", "interaction")},
+        EPISODES + ON_POLICY_METRICS + DISTILLED_METRICS, DISCRETE, Learning("DeepSea-bsuite", 50_000, 0.9),
         replay=False, both=True, iterations=300,
     ),
     "plr": Case(

@@ -1,4 +1,8 @@
-"""The updates of agents with a clipped objective (PPO, PLR) in plain numpy: all gradients by hand, in float64."""
+"""The updates of agents with a clipped objective (PPO, PLR) in plain numpy: all gradients by hand, in float64.
+
+What only PPO has (`normalize_advantages`, `target_kl`, targets that are laws) is as in its defaults where a
+configuration has no such field.
+"""
 
 import by_hand
 import jax
@@ -60,12 +64,14 @@ def part(parameters, name):
     return {key.partition("/")[2]: x for key, x in parameters.items() if key.startswith(f"{name}/")}
 
 
-def slow_update(parameters, adam, batch, config, rate):
-    """One minibatch, all gradients by hand; returns parameters and the loss."""
+def slow_update(parameters, adam, batch, config, rate, stopped=False):
+    """One minibatch, all gradients by hand; returns parameters, the same ones where `stopped`, and the metrics."""
     actor, critic = part(parameters, "actor"), part(parameters, "critic")
     on_actor, on_critic = tanh_forward(actor, batch["observation"]), tanh_forward(critic, batch["observation"])
-    rows, head, value = len(batch["value"]), on_actor[-1], on_critic[-1][:, 0]
-    advantage = (batch["advantage"] - batch["advantage"].mean()) / (batch["advantage"].std() + 1e-8)
+    rows, head = len(batch["value"]), on_actor[-1]
+    advantage = batch["advantage"]
+    if getattr(config, "normalize_advantages", True):
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     gradient = {}
     if "log_std" in parameters:
         std = np.exp(parameters["log_std"])
@@ -88,23 +94,49 @@ def slow_update(parameters, adam, batch, config, rate):
     gradient |= {f"actor/{k}": x for k, x in tanh_backward(actor, on_actor, slope).items()}
     if "log_std" in parameters:
         gradient["log_std"] = -(alive[:, None] * std_slope).mean(0) - config.entropy_weight
+    of_value = law_loss if batch["target"].ndim == 2 else value_loss
+    value_cost, value_slope = of_value(on_critic[-1], batch, config)
+    value_slope = config.value_weight * value_slope / rows
+    gradient |= {f"critic/{k}": x for k, x in tanh_backward(critic, on_critic, value_slope).items()}
+    loss = policy_loss + config.value_weight * value_cost - config.entropy_weight * entropy.mean()
+    metrics = {
+        "loss": loss, "gradient_norm": np.sqrt(sum((x**2).sum() for x in gradient.values())),
+        "clipped_ratios": (np.abs(ratio - 1) > config.clip_range).mean(),
+        "approximate_kl": (ratio - 1 - np.log(ratio)).mean(),
+    }  # fmt: skip
+    bound = getattr(config, "target_kl", 0)
+    if stopped or 0 < bound < metrics["approximate_kl"]:
+        return parameters, metrics | {"updates_made": 0}
+    moved, _ = adam.step(parameters, gradient, rate, config.adam_epsilon, config.gradient_bound)
+    return moved, metrics | {"updates_made": 1}
+
+
+def value_loss(outputs, batch, config):
+    """The value's loss and its slopes, `[rows, 1]`."""
+    value = outputs[:, 0]
     near = batch["value"] + np.clip(value - batch["value"], -config.clip_range, config.clip_range)
     plain, cut = (value - batch["target"]) ** 2, (near - batch["target"]) ** 2
     if not config.clip_values:
         cut = plain
     inside = np.abs(value - batch["value"]) < config.clip_range
-    value_slope = np.where(plain >= cut, value - batch["target"], (near - batch["target"]) * inside)
-    value_slope = config.value_weight * value_slope / rows
-    gradient |= {f"critic/{k}": x for k, x in tanh_backward(critic, on_critic, value_slope[:, None]).items()}
-    loss = (
-        policy_loss + config.value_weight * 0.5 * np.maximum(plain, cut).mean() - config.entropy_weight * entropy.mean()
-    )
-    moved, norm = adam.step(parameters, gradient, rate, config.adam_epsilon, config.gradient_bound)
-    return moved, {
-        "loss": loss,
-        "gradient_norm": norm,
-        "clipped_ratios": (np.abs(ratio - 1) > config.clip_range).mean(),
-    }
+    slope = np.where(plain >= cut, value - batch["target"], (near - batch["target"]) * inside)
+    return 0.5 * np.maximum(plain, cut).mean(), slope[:, None]
+
+
+def law_loss(outputs, batch, config):
+    """The quantile Huber loss of outputs `[rows, quantiles]` and its slopes, pair by pair."""
+    rows, count = outputs.shape
+    cost, slope = 0.0, np.zeros_like(outputs)
+    for row in range(rows):
+        for i in range(count):
+            for target in batch["target"][row]:
+                error, pairs = target - outputs[row, i], rows * count * len(batch["target"][row])
+                weight = abs((2 * i + 1) / (2 * count) - (error < 0)) / config.kappa
+                large = abs(error) > config.kappa
+                huber = config.kappa * (abs(error) - config.kappa / 2) if large else error**2 / 2
+                cost += weight * huber / pairs
+                slope[row, i] -= weight * np.clip(error, -config.kappa, config.kappa) / pairs * rows
+    return cost, slope
 
 
 def epochs(parameters, adam, batch, config, rate, key):
@@ -112,12 +144,13 @@ def epochs(parameters, adam, batch, config, rate, key):
     returns parameters and what each minibatch said."""
     rows = config.num_envs * config.num_steps
     batch = {name: x.reshape(rows, *x.shape[2:]) for name, x in batch.items()}
-    found = []
+    found, stopped = [], False
     for epoch in range(config.num_epochs):
         epoch_key = jax.random.fold_in(jax.random.clone(key), epoch)
         order = np.asarray(jax.random.permutation(epoch_key, rows)).reshape(config.num_minibatches, -1)
         for numbers in order:
             one = {name: x[numbers] for name, x in batch.items()}
-            parameters, metric = slow_update(parameters, adam, one, config, rate)
+            parameters, metric = slow_update(parameters, adam, one, config, rate, stopped)
+            stopped = not metric["updates_made"]
             found.append(metric)
     return parameters, found

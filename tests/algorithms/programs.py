@@ -72,8 +72,8 @@ def build(name: str, world: World | None = None, only_cases: tuple[str, ...] = C
 
     def looks(agent, state):
         """The greedy action at every look, and the mean of the law there: of this action, or of each that there is."""
-        key = jax.random.key(0)
-        action = agent.policy.act(state, world.observation, (), key)[0]
+        key, memory = jax.random.key(0), agent.policy.start(len(world.observation))
+        action = agent.policy.act(state, world.observation, memory, key)[0]
         if not agent.claim:
             return {"action": action}
         taken = [action]

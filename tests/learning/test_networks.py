@@ -6,6 +6,7 @@ import pytest
 
 from jaxrl_dist.learning import networks
 from jaxrl_dist.learning.networks import (
+    GRU,
     MLP,
     ActionHead,
     Convolution,
@@ -386,3 +387,71 @@ def test_cosine_of_half_turns():
     np.testing.assert_array_equal(networks.cosine_of_half_turns(jnp.array([0.0, 1.0, 2.0, -3.0])), [1, -1, 1, -1])
     slope = jax.vmap(jax.grad(networks.cosine_of_half_turns))(jnp.array([0.3, 1.7, 10.25]))
     np.testing.assert_allclose(slope, -np.pi * np.sin(np.pi * np.array([0.3, 1.7, 10.25])), rtol=1e-5)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def gru_and_inputs(steps=7, batch=4, inputs=3, width=5):
+    keys = jax.random.split(jax.random.key(0), 4)
+    memory, x = jax.random.normal(keys[0], (batch, width)), jax.random.normal(keys[1], (steps, batch, inputs))
+    begins = jax.random.bernoulli(keys[2], 0.3, (steps, batch))
+    parameters = GRU(width).init(keys[3], memory, x, begins)
+    # No bias is 0, or none could be missed.
+    return jax.tree.map(lambda x: x + 0.1 * (1 + jnp.arange(x.shape[-1])), parameters), memory, x, begins
+
+
+def test_gru_is_flaxs_cell_step_by_step():
+    """The cell of flax in a loop of Python, whose memory is put to 0 before the first step of an episode."""
+    parameters, memory, inputs, begins = gru_and_inputs()
+    assert 0 < np.mean(begins) < 1
+    assert np.any(begins[0])
+    found = jax.jit(GRU(5).apply)(parameters, memory, inputs, begins)
+    ours = {name: np.split(np.asarray(x), 3, -1) for name, x in parameters["params"].items() if x.shape[-1] == 15}
+    cell = {}
+    for gate, name in enumerate("rzn"):
+        cell[f"i{name}"] = {"kernel": ours["kernel"][gate], "bias": ours["bias"][gate]}
+        cell[f"h{name}"] = {"kernel": ours["recurrent_kernel"][gate]}
+    cell["hn"]["bias"] = parameters["params"]["recurrent_bias"]
+    for step in range(7):
+        memory = jnp.where(begins[step][:, None], 0, memory)
+        memory, _ = nn.GRUCell(5).apply({"params": cell}, memory, inputs[step])
+        np.testing.assert_allclose(found[step], memory, rtol=1e-5, atol=1e-6)
+
+
+def test_gru_by_hand():
+    """One number of memory, weights of 1 but a bias of ln 3 that makes z = 3/4 and a c of 2, and no input."""
+    kernel, bias = np.zeros((1, 3), np.float32), np.log(np.array([1, 3, 1], np.float32))
+    parameters = {"kernel": kernel, "bias": bias, "recurrent_kernel": kernel, "recurrent_bias": np.full(1, 2.0)}
+    found = GRU(1).apply({"params": parameters}, np.full((1, 1), 0.8), np.zeros((2, 1, 1)), np.zeros((2, 1), bool))
+    candidate = np.tanh(0.5 * 2)  # r = 1/2 of U h + c = 2
+    first = candidate / 4 + 0.8 * 3 / 4
+    np.testing.assert_allclose(found[:, 0, 0], [first, candidate / 4 + first * 3 / 4], rtol=1e-6)
+
+
+def test_gradients_go_through_the_memory_and_stop_where_an_episode_begins():
+    parameters, memory, inputs, _ = gru_and_inputs(batch=2)
+    begins = jnp.zeros((7, 2), bool).at[4, 1].set(True)
+
+    def last(memory, inputs):
+        return GRU(5).apply(parameters, memory, inputs, begins)[-1].sum()
+
+    of_memory, of_inputs = jax.jit(jax.grad(last, argnums=(0, 1)))(memory, inputs)
+    assert np.abs(of_memory[0]).min() > 0
+    assert not of_memory[1].any()
+    assert np.abs(of_inputs[:, 0]).min() > 0
+    assert not of_inputs[:4, 1].any()
+    assert np.abs(of_inputs[4:, 1]).min() > 0
+
+
+def test_every_gate_of_a_gru_starts_orthogonal():
+    parameters = GRU(6).init(jax.random.key(0), jnp.zeros((1, 6)), jnp.zeros((1, 1, 400)), jnp.zeros((1, 1), bool))
+    kernels = np.split(np.asarray(parameters["params"]["recurrent_kernel"]), 3, -1)
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel @ kernel.T, np.eye(6), atol=1e-5)
+    assert not np.allclose(kernels[0], kernels[1])
+    assert np.std(parameters["params"]["kernel"]) == pytest.approx(400**-0.5, rel=0.05)
+    assert not parameters["params"]["bias"].any()
+    assert not parameters["params"]["recurrent_bias"].any()
+    with pytest.raises(AssertionError):
+        GRU(6).apply(parameters, jnp.zeros((2, 6)), jnp.zeros((3, 2, 400)), jnp.zeros((3, 1), bool))

@@ -61,3 +61,26 @@ def test_every_row_is_gone_through_once_per_epoch_in_another_order():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="--num-minibatches is 5; it must divide the 12 steps of a rollout"):
         rollouts.epochs(None, None, jnp.arange(12), jax.random.key(0), num_epochs=1, num_minibatches=5)
+
+
+def test_sequences_of_environments_stay_whole():
+    """Numbers say which step of which environment: minibatches of environments, with all their steps in order."""
+    data = {"number": 10 * jnp.arange(5)[:, None] + jnp.arange(6), "start": jnp.arange(6)[None]}
+
+    def update(learner, minibatch):
+        assert (minibatch["number"].shape, minibatch["start"].shape) == ((5, 2), (1, 2))
+        return learner + 1, minibatch
+
+    learner, seen = rollouts.epochs(
+        update, jnp.int32(0), data, jax.random.key(0), num_epochs=4, num_minibatches=3, axis=1
+    )
+    assert learner == 12
+    np.testing.assert_array_equal(seen["number"], 10 * np.arange(5)[:, None] + seen["start"])
+    orders = np.asarray(seen["start"]).reshape(4, 6)
+    np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(6), (4, 1)))
+    assert len(np.unique(orders, axis=0)) > 1
+
+
+def test_environments_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="--num-minibatches is 3; it must divide --num-envs = 8"):
+        rollouts.epochs(None, None, jnp.ones((5, 8)), jax.random.key(0), num_epochs=1, num_minibatches=3, axis=1)

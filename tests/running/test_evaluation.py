@@ -392,5 +392,10 @@ def test_the_agents_that_learn_a_mean():
         "sac",
         "ppo",
         "plr",
+        "a2c",
+        "pqn",
+        "props",
+        "rnd",
+        "drnd",
     }
-    assert len(found) == 19
+    assert len(found) == 25

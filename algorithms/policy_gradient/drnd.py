@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import Count, Fraction, configuration
 from jaxrl_dist.learning import clipped, distillation, draws, interaction, normalization, returns, rollouts
-from jaxrl_dist.learning.clipped import normalized, policy_loss, value_loss
+from jaxrl_dist.learning.clipped import approximate_kl, normalized, policy_loss, value_loss
 from jaxrl_dist.learning.distillation import Batch, mean_of_kept, standardized
 from jaxrl_dist.learning.interaction import Average, Interaction, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics
@@ -151,7 +151,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             loss = of_policy + config.value_weight * (of_value + of_bonuses) - config.entropy_weight * entropy
             return loss + of_predictor, {
                 "policy_loss": of_policy, "value_loss": of_value, "intrinsic_value_loss": of_bonuses,
-                "predictor_loss": of_predictor, "entropy": entropy, "approximate_kl": (ratio - 1 - log_ratio).mean(),
+                "predictor_loss": of_predictor, "entropy": entropy, "approximate_kl": approximate_kl(log_ratio),
                 "clipped_ratios": (jnp.abs(ratio - 1) > config.clip_range).mean(),
             }  # fmt: skip
 

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jaxrl_dist.agent import Agent, Policy
 from jaxrl_dist.configuration import Count, Layers, configuration, require
 from jaxrl_dist.learning import clipped, interaction, networks, normalization, returns, rollouts
-from jaxrl_dist.learning.clipped import Batch, normalized, policy_loss, value_loss
+from jaxrl_dist.learning.clipped import Batch, approximate_kl, normalized, policy_loss, value_loss
 from jaxrl_dist.learning.interaction import Average, Interaction, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics, normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -182,7 +182,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             loss = of_policy + config.value_weight * of_value - config.entropy_weight * entropy  # PPO, eq. 9
             return loss, {
                 "policy_loss": of_policy, "value_loss": of_value, "entropy": entropy,
-                "approximate_kl": (ratio - 1 - log_ratio).mean(),
+                "approximate_kl": approximate_kl(log_ratio),
                 "clipped_ratios": (jnp.abs(ratio - 1) > config.clip_range).mean(),
             }  # fmt: skip
 

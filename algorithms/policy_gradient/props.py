@@ -29,7 +29,7 @@ own is 1). A time limit bootstraps; there it is an end. PPO has no bound on its 
 rollouts of the first policy fill the buffer, so that its size never changes.
 
 Run:      python algorithms/policy_gradient/props.py --env-id CartPole-v1
-Expected: CartPole-v1 above 400 of 500 within 100,000 steps; experiments/sampling_error measures sampling errors and returns.
+Expected: CartPole-v1 above 400 of 500 within 100,000 steps; experiments/sampling_error has sampling errors.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -42,7 +42,7 @@ import optax
 from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import Count, NonNegative, Positive, configuration, require
 from jaxrl_dist.learning import clipped, interaction, normalization, returns, rollouts
-from jaxrl_dist.learning.clipped import Batch, normalized, policy_loss, value_loss
+from jaxrl_dist.learning.clipped import Batch, approximate_kl, normalized, policy_loss, value_loss
 from jaxrl_dist.learning.interaction import Average, Interaction, Transition, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics, normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -227,7 +227,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             loss = of_policy + config.value_weight * of_value - config.entropy_weight * entropy
             return loss, {
                 "policy_loss": of_policy, "value_loss": of_value, "entropy": entropy,
-                "approximate_kl": (ratio - 1 - log_ratio).mean(),
+                "approximate_kl": approximate_kl(log_ratio),
                 "clipped_ratios": (jnp.abs(ratio - 1) > config.clip_range).mean(),
             }  # fmt: skip
 

@@ -85,7 +85,8 @@ class Config(clipped.Settings):
     num_quantiles: Count = 32
     """N, quantiles of a law"""
     kappa: NonNegative = 0.1
-    """threshold of the Huber function in units of the return that is learned; 0 is plain quantile regression"""
+    """threshold of the Huber function in units of the return that is learned; far below returns, values jitter: see
+    --normalize-rewards; 0 is plain quantile regression"""
     risk: str = "neutral"
     """what the policy climbs, with --critic quantile: neutral, cvar:LEVEL, wang:LEVEL, cpw:LEVEL, power:LEVEL,
     norm:NUMBER or mean-variance:WEIGHT"""

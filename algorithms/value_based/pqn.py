@@ -95,7 +95,7 @@ PRESETS = {
     "Acrobot-v1": CLASSIC,
     "Catch-bsuite": {
         "total_steps": 50_000, "num_envs": 16, "num_minibatches": 4, "exploration_steps": 5_000, "learning_rate": 1e-3,
-        "annealing_steps": 50_000,
+        "annealing_steps": 50_000, "hidden": (128, 128),
     },
     "Asterix-MinAtar": MINATAR,
     "Breakout-MinAtar": MINATAR,
@@ -242,12 +242,12 @@ def make_agent(config: Config, env, env_params) -> Agent:
             layers |= {f"{name}_{index}": x[None] for name, x in parameters[f"layer_{index}"].items()}
             layers |= {f"norm_{name}_{index}": x[None] for name, x in parameters[f"norm_{index}"].items()}
         head = {f"{name}_0": x[None] for name, x in parameters["head"].items()}
-        parts = {"torso": {"mlp": {"layers": layers}}, "head": {"advantage": {"layers": head}}}
+        torso = {name: x for name, x in parameters.items() if name.startswith("convolution")}
+        parts = {"torso": torso | {"mlp": {"layers": layers}}, "head": {"advantage": {"layers": head}}}
         return portable.greedy_policy(parts, num_actions)
 
     claim = Claim(policy.follow, predict, config.discount, learns_mean=True)
-    # The files for numpy know no normalised convolution: of images there is the StableHLO program alone.
-    return Agent(init, step, memoryless(policy.act), clock, claim, export if len(shape) != 3 else None)
+    return Agent(init, step, memoryless(policy.act), clock, claim, export)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def actor_policy(
 
 def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=None, **extra: Any) -> dict[str, Any]:
     """Arrays of the policy that takes the action of largest value, from the parameters of a `networks.Torso` ("torso"),
-    and of a `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").
+    which may have a `convolution_norm`, a layer normalisation over its filters (epsilon 1e-5), and of a
+    `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").
 
     extra: `support` `[atoms]` for categorical outputs; `risk_table` and `variance_penalty` (`risk.tables`) for
     risk-sensitive choices; for implicit quantiles `fractions` `[m]`, or `proposal`, the layers that propose them; for
@@ -103,6 +104,7 @@ def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=No
     arrays = {"num_actions": np.int32(num_actions)}
     if "convolution" in torso:
         arrays |= {f"convolution_{name}": x for name, x in torso["convolution"].items()}
+        arrays |= {f"convolution_norm_{name}": x for name, x in torso.get("convolution_norm", {}).items()}
     parts = {"torso_": torso.get("mlp"), "proposal_": extra.pop("proposal", None)}
     parts |= {f"{name}_": head.get(name) for name in ("advantage", "value")}
     parts["embedding_"] = head.get("embedding", {}).get("dense")
@@ -249,7 +251,11 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     actions = int(arrays["num_actions"])
     need(actions >= 1, f"holds 'num_actions' {actions}; it must be at least 1")
     if "convolution_kernel" in arrays or "convolution_bias" in arrays:
-        shape("convolution_bias", shape("convolution_kernel", None, None, None, None)[3])
+        filters = shape("convolution_kernel", None, None, None, None)[3]
+        shape("convolution_bias", filters)
+        if "convolution_norm_scale" in arrays or "convolution_norm_bias" in arrays:
+            shape("convolution_norm_scale", filters)
+            shape("convolution_norm_bias", filters)
     for name, sizes in (("risk_table", [None]), ("variance_penalty", []), ("stock_scale", [])):
         if name in arrays or (name == "stock_scale" and "utility" in arrays):
             shape(name, *sizes)
@@ -300,7 +306,8 @@ def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarr
             size = arrays["convolution_kernel"].shape[0]
             patches = np.lib.stride_tricks.sliding_window_view(features, (size, size), axis=(1, 2))
             features = np.einsum("bhwcij,ijcf->bhwf", patches, arrays["convolution_kernel"])
-            features = np.maximum(features + arrays["convolution_bias"], 0)
+            features = _layer_normalized(arrays, "convolution_norm_{}", features + arrays["convolution_bias"])
+            features = np.maximum(features, 0)
         features = features.reshape(len(features), -1)
         if "torso_kernel_0" in arrays:
             features = np.maximum(_perceptron(arrays, "torso_", features), 0)
@@ -350,15 +357,21 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return masses / masses.sum(-1, keepdims=True)
 
 
+def _layer_normalized(arrays: Mapping[str, np.ndarray], names: str, inputs: np.ndarray) -> np.ndarray:
+    """The inputs with mean 0 and deviation 1 over the last axis, scaled and moved by the arrays `names`, if there."""
+    scale, bias = (arrays.get(names.format(name)) for name in ("scale", "bias"))
+    if scale is None:
+        return inputs
+    deviation = np.sqrt(inputs.var(-1, keepdims=True) + 1e-5)
+    return (inputs - inputs.mean(-1, keepdims=True)) / deviation * scale + bias
+
+
 def _perceptron(arrays: Mapping[str, np.ndarray], prefix: str, inputs: np.ndarray) -> np.ndarray:
     depth = sum(name.startswith(f"{prefix}kernel_") for name in arrays)
     activation = ACTIVATIONS[str(arrays.get("activation", "relu"))]
     for i in range(depth):
         inputs = inputs @ arrays[f"{prefix}kernel_{i}"] + arrays[f"{prefix}bias_{i}"]
-        if f"{prefix}norm_scale_{i}" in arrays:
-            deviation = np.sqrt(inputs.var(-1, keepdims=True) + 1e-5)
-            inputs = (inputs - inputs.mean(-1, keepdims=True)) / deviation
-            inputs = inputs * arrays[f"{prefix}norm_scale_{i}"] + arrays[f"{prefix}norm_bias_{i}"]
+        inputs = _layer_normalized(arrays, f"{prefix}norm_{{}}_{i}", inputs)
         if i < depth - 1:
             inputs = activation(inputs)
     return inputs

@@ -107,9 +107,9 @@ np.save("first.npy", program.call(observations[:1]))
 AGENTS = agents()
 
 
-@pytest.mark.parametrize("name", [*AGENTS, "rainbow of images"])
+@pytest.mark.parametrize("name", [*AGENTS, "rainbow of images", "pqn of images"])
 def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
-    """Both do what `act` does, for random weights, which need no training."""
+    """Both do what `act` does, for random weights, which need no training; of a policy that remembers the program."""
     module = cli.find_algorithm(name.split()[0])
     env_id, preset = ("Breakout-MinAtar", {}) if "images" in name else next(iter(module.PRESETS.items()))
     of_the_run, of_the_algorithm = split_preset(preset)
@@ -130,14 +130,20 @@ def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
 
     state = jax.tree.map(random_weights, jax.eval_shape(agent.init, jax.random.key(0)))
     observations = generator.normal(0, 3, (300, *env.observation_space(params).shape)).astype(np.float32)
-    expected = np.asarray(jax.jit(agent.policy.act)(state, observations, (), jax.random.key(1))[0])
+    memory = agent.policy.start(300)
+    expected = np.asarray(jax.jit(agent.policy.act)(state, observations, memory, jax.random.key(1))[0])
     assert len(np.unique(expected)) > 1
     bounds = action_bounds(env, params)
     written = portable.export_program(agent, state, observations[0], *bounds)
-    actions = np.asarray(jax.export.deserialize(bytearray(written)).call(observations))
+    program = jax.export.deserialize(bytearray(written))
+    if remembers := jax.tree.leaves(memory):  # there is no file for numpy
+        assert agent.export is None
+        actions = np.asarray(program.call(observations, remembers)[0])
+    else:
+        actions = np.asarray(program.call(observations))
+        portable.save_policy(tmp_path / "p.npz", agent.export(state), *bounds)
+        np.testing.assert_allclose(actions, portable.load_policy(tmp_path / "p.npz")(observations), rtol=0, atol=1e-4)
     assert actions.dtype == (np.float32 if bounds else np.int32)
-    portable.save_policy(tmp_path / "p.npz", agent.export(state), *bounds)
-    np.testing.assert_allclose(actions, portable.load_policy(tmp_path / "p.npz")(observations), rtol=0, atol=1e-4)
     np.testing.assert_allclose(actions, 2 * expected if bounds else expected, rtol=0, atol=1e-5)  # Pendulum's [-2, 2]
 
 

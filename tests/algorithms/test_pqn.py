@@ -239,7 +239,7 @@ def test_it_is_evaluated_greedily_and_claims_values_in_the_environments_rewards(
     np.testing.assert_array_equal(portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation)), action)
 
 
-def test_images_pass_a_normalised_convolution():
+def test_images_pass_a_normalised_convolution(tmp_path):
     agent, _ = agent_of(by_hand.Pictures(), hidden=(7,))
     state = by_hand.quick(agent.init)(jax.random.key(0))
     names = {"convolution", "convolution_norm", "layer_0", "norm_0", "head"}
@@ -247,7 +247,8 @@ def test_images_pass_a_normalised_convolution():
     observation = jax.vmap(by_hand.Pictures().picture)(2 * jax.random.normal(jax.random.key(5), (60, 3)))
     action, _ = agent.policy.act(state, observation, (), jax.random.key(0))
     assert len(np.unique(action)) > 1
-    assert agent.export is None  # only the program
+    portable.save_policy(tmp_path / "policy.npz", agent.export(state))
+    np.testing.assert_array_equal(portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation)), action)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -134,12 +134,7 @@ def value_loss(value: jax.Array, target: jax.Array) -> jax.Array:
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """The optimiser on gradients of bounded norm."""
-
-    def rate(count: jax.Array) -> jax.Array:
-        steps = config.annealing_steps
-        passed = count * (config.num_envs * config.num_steps / steps) if steps else 0.0
-        return config.learning_rate * jnp.maximum(1 - passed, 0)
-
+    rate = clipped.falling(config, config.num_envs * config.num_steps)
     if config.optimizer == "adam":
         rule = optax.adam(rate, eps=config.adam_epsilon)
     else:

@@ -40,8 +40,8 @@ import jax.numpy as jnp
 from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import Count, Fraction, configuration
 from jaxrl_dist.learning import clipped, distillation, draws, interaction, normalization, returns, rollouts
-from jaxrl_dist.learning.clipped import approximate_kl, normalized, policy_loss, value_loss
-from jaxrl_dist.learning.distillation import Batch, mean_of_kept, standardized
+from jaxrl_dist.learning.clipped import approximate_kl, mean_of, normalized, policy_loss, value_loss
+from jaxrl_dist.learning.distillation import Batch, standardized
 from jaxrl_dist.learning.interaction import Average, Interaction, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -114,7 +114,7 @@ def predictor_loss(prediction: jax.Array, answers: jax.Array, drawn: jax.Array, 
     answers each, that of the network which is `[rows]` drawn."""
     chex.assert_equal_shape([prediction, answers[:, 0]])
     answer = jnp.take_along_axis(answers, drawn[:, None, None], axis=1)[:, 0]
-    return mean_of_kept(((prediction - answer) ** 2).mean(-1), kept)
+    return mean_of(((prediction - answer) ** 2).mean(-1), kept)
 
 
 # -- Agent ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ Expected: CartPole-v1 above 400 of 500 within 100,000 steps; experiments/samplin
 
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,7 +41,7 @@ import optax
 from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import Count, NonNegative, Positive, configuration, require
 from jaxrl_dist.learning import clipped, interaction, normalization, returns, rollouts
-from jaxrl_dist.learning.clipped import Batch, approximate_kl, normalized, policy_loss, value_loss
+from jaxrl_dist.learning.clipped import Batch, approximate_kl, mean_of, normalized, policy_loss, value_loss
 from jaxrl_dist.learning.interaction import Average, Interaction, Transition, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics, normalize
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -112,12 +111,6 @@ class State(NamedTuple):
 
 
 # -- Losses of the behaviour policy -----------------------------------------------------------------------------------
-
-
-def mean_of(values: jax.Array, known: jax.Array) -> jax.Array:
-    """The mean of those of `[rows]` values that are known, 0 where none is."""
-    chex.assert_equal_shape([values, known])
-    return jnp.where(known, values, 0).sum() / jnp.maximum(known.sum(), 1)
 
 
 def behaviour_loss(ratio: jax.Array, clip_range: float | jax.Array, known: jax.Array) -> jax.Array:

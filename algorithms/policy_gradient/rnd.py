@@ -39,8 +39,8 @@ import jax.numpy as jnp
 from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import configuration
 from jaxrl_dist.learning import clipped, distillation, draws, interaction, normalization, returns, rollouts
-from jaxrl_dist.learning.clipped import approximate_kl, normalized, policy_loss, value_loss
-from jaxrl_dist.learning.distillation import Batch, mean_of_kept, standardized
+from jaxrl_dist.learning.clipped import approximate_kl, mean_of, normalized, policy_loss, value_loss
+from jaxrl_dist.learning.distillation import Batch, standardized
 from jaxrl_dist.learning.interaction import Average, Interaction, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -94,7 +94,7 @@ def bonus(prediction: jax.Array, answer: jax.Array) -> jax.Array:
 def predictor_loss(prediction: jax.Array, answer: jax.Array, kept: jax.Array) -> jax.Array:
     """Mean squared error of the rows `[rows]` that are kept, of `[rows, D]` predictions."""
     chex.assert_equal_shape([prediction, answer])
-    return mean_of_kept(((prediction - answer) ** 2).mean(-1), kept)
+    return mean_of(((prediction - answer) ** 2).mean(-1), kept)
 
 
 # -- Agent ------------------------------------------------------------------------------------------------------------

@@ -161,12 +161,7 @@ def loss_of(values: jax.Array, target: jax.Array) -> jax.Array:
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """RAdam on gradients of bounded norm; its step size falls with every update."""
     clock = clipped.clock_of(config)
-
-    def rate(count: jax.Array) -> jax.Array:
-        steps = config.annealing_steps
-        passed = count * (clock.env_steps / clock.updates / steps) if steps else 0.0
-        return config.learning_rate * jnp.maximum(1 - passed, 0)
-
+    rate = clipped.falling(config, clock.env_steps / clock.updates)
     return optax.chain(optax.clip_by_global_norm(config.gradient_bound), optax.radam(rate))
 
 

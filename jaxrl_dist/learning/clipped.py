@@ -74,15 +74,22 @@ def clock_of(settings: Any) -> Clock:
     return Clock(settings.num_epochs * settings.num_minibatches, rows)
 
 
-def optimizer_of(settings: Any) -> optax.GradientTransformation:
-    """Adam on gradients of bounded norm, with one step size for all updates of an iteration."""
-    clock = clock_of(settings)
+def falling(settings: Any, env_steps: float, every: int = 1) -> Callable[[jax.Array], jax.Array]:
+    """The step size by the count of updates, which falls to 0 in a line within `annealing_steps`, once in `every`
+    updates; those take `env_steps` environment steps."""
 
     def rate(count: jax.Array) -> jax.Array:
         steps = settings.annealing_steps
-        passed = (count // clock.updates) * (clock.env_steps / steps) if steps else 0.0
+        passed = (count // every) * (env_steps / steps) if steps else 0.0
         return settings.learning_rate * jnp.maximum(1 - passed, 0)
 
+    return rate
+
+
+def optimizer_of(settings: Any) -> optax.GradientTransformation:
+    """Adam on gradients of bounded norm, with one step size for all updates of an iteration."""
+    clock = clock_of(settings)
+    rate = falling(settings, clock.env_steps, every=clock.updates)
     return optax.chain(optax.clip_by_global_norm(settings.gradient_bound), optax.adam(rate, eps=settings.adam_epsilon))
 
 
@@ -167,6 +174,12 @@ def approximate_kl(log_ratio: jax.Array) -> jax.Array:
     "Approximating KL Divergence", 2020).
     """
     return (jnp.exp(log_ratio) - 1 - log_ratio).mean()
+
+
+def mean_of(values: jax.Array, known: jax.Array) -> jax.Array:
+    """The mean of those of `[rows]` values that are known, 0 where none is."""
+    chex.assert_equal_shape([values, known])
+    return jnp.where(known, values, 0).sum() / jnp.maximum(known.sum(), 1)
 
 
 def normalized(advantage: jax.Array) -> jax.Array:

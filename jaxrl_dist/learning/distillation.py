@@ -8,7 +8,6 @@ and Anti-Exploration with Distributional Random Network Distillation", Yang, Tao
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -155,9 +154,3 @@ class Batch(NamedTuple):
     """the true successor as the bonus's networks see it"""
     answer: Any
     """what the random networks make of that: they never change, so one look serves all epochs"""
-
-
-def mean_of_kept(errors: jax.Array, kept: jax.Array) -> jax.Array:
-    """Mean of the `[rows]` errors where `kept` is true; 0 where it nowhere is."""
-    chex.assert_equal_shape([errors, kept])
-    return jnp.where(kept, errors, 0).sum() / jnp.maximum(kept.sum(), 1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_dist.algorithms.policy_gradient import ppo, props
-from jaxrl_dist.learning import returns
+from jaxrl_dist.learning import clipped, returns
 from jaxrl_dist.learning.clipped import policy_loss
 from jaxrl_dist.learning.policies import Choice, Gaussian
 
@@ -63,9 +63,9 @@ def test_an_action_is_made_rarer_until_it_is_rare_enough():
 
 def test_what_is_not_known_counts_for_nothing():
     ratio, known = jnp.array([1.0, 9.0, 1.2, jnp.nan]), jnp.array([True, False, True, False])
-    assert props.mean_of(ratio, known) == pytest.approx(1.1)
-    np.testing.assert_array_equal(jax.grad(props.mean_of)(ratio, known), [0.5, 0, 0.5, 0])
-    assert props.mean_of(ratio, jnp.zeros(4, bool)) == 0
+    assert clipped.mean_of(ratio, known) == pytest.approx(1.1)
+    np.testing.assert_array_equal(jax.grad(clipped.mean_of)(ratio, known), [0.5, 0, 0.5, 0])
+    assert clipped.mean_of(ratio, jnp.zeros(4, bool)) == 0
 
 
 def slope_of_ratios(logits, actions):
@@ -74,7 +74,7 @@ def slope_of_ratios(logits, actions):
 
     def loss(moved):
         law = Choice(jnp.tile(moved, (len(actions), 1)))
-        return props.mean_of(jnp.exp(law.log_density(actions) - log_density), jnp.ones(len(actions), bool))
+        return clipped.mean_of(jnp.exp(law.log_density(actions) - log_density), jnp.ones(len(actions), bool))
 
     return jax.grad(loss)(logits)
 

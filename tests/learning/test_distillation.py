@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_dist import envs
 from jaxrl_dist.configuration import ConfigurationError
-from jaxrl_dist.learning import distillation, interaction, normalization
+from jaxrl_dist.learning import clipped, distillation, interaction, normalization
 
 
 def test_observations_are_cut_at_five_deviations():
@@ -20,13 +20,13 @@ def test_observations_are_cut_at_five_deviations():
 
 def test_the_mean_is_of_what_is_kept():
     errors = jnp.array([1.0, 5.0, 9.0])
-    assert distillation.mean_of_kept(errors, jnp.array([True, False, True])) == 5
-    assert distillation.mean_of_kept(errors, jnp.zeros(3, bool)) == 0
+    assert clipped.mean_of(errors, jnp.array([True, False, True])) == 5
+    assert clipped.mean_of(errors, jnp.zeros(3, bool)) == 0
     np.testing.assert_allclose(
-        jax.grad(lambda x: distillation.mean_of_kept(x, jnp.array([True, False, True])))(errors), [0.5, 0, 0.5]
+        jax.grad(lambda x: clipped.mean_of(x, jnp.array([True, False, True])))(errors), [0.5, 0, 0.5]
     )
     with pytest.raises(AssertionError):
-        distillation.mean_of_kept(errors, jnp.ones((3, 1), bool))
+        clipped.mean_of(errors, jnp.ones((3, 1), bool))
 
 
 def test_statistics_are_of_all_that_random_actions_lead_to():

@@ -79,7 +79,12 @@ class Config:
     """largest norm of a gradient"""
 
     hidden: Layers = (64, 64)
-    """widths of the hidden layers; of images those after the convolution, which actor and critic share"""
+    """widths of the hidden layers"""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """what follows a hidden layer; behind a convolution always relu"""
+    convolution: bool = True
+    """let images pass MinAtar's convolution and then the hidden layers, which actor and critic share; if not, they are
+    numbers like others"""
     normalize_observations: bool = False
     """normalise observations by running mean and variance"""
     normalize_rewards: bool = False

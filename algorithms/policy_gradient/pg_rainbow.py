@@ -84,11 +84,12 @@ class Config(clipped.Settings):
     """widths of the quantile network's hidden layers, after the convolution if observations are images"""
 
 
-# PPO's sizes, MinAtar's for a GPU. Classic control: kappa is a tenth of the largest returns.
+# PPO's sizes. Classic control: kappa is a tenth of the largest returns.
 MINATAR = {
-    "total_steps": 10_000_000, "num_envs": 64, "num_minibatches": 8, "hidden": (128,), "learning_rate": 1e-3,
-    "annealing_steps": 10_000_000, "num_quantiles": 32, "num_fractions": 32, "num_target_fractions": 32,
-    "quantile_hidden": (128, 128), "quantile_learning_rate": 1e-4, "replay_capacity": 100_000,
+    "total_steps": 10_000_000, "num_envs": 64, "num_minibatches": 8, "learning_rate": 5e-3,
+    "annealing_steps": 10_000_000, "activation": "relu", "convolution": False,
+    "num_quantiles": 32, "num_fractions": 32, "num_target_fractions": 32, "quantile_hidden": (128, 128),
+    "quantile_learning_rate": 1e-4, "replay_capacity": 100_000,
 }  # fmt: skip
 CONTROL = {"num_envs": 8, "learning_rate": 1e-3, "quantile_learning_rate": 1e-3, "kappa": 10.0}
 PRESETS = {
@@ -108,20 +109,20 @@ class Network(clipped.Network):
 
     @nn.compact
     def __call__(self, observation: jax.Array, quantiles: jax.Array | None = None) -> tuple[Choice, jax.Array | None]:
-        features, hidden, gain = observation.astype(jnp.float32), self.hidden, 2**0.5
+        features, hidden, gain = clipped.numbers(observation, self.convolution), self.hidden, 2**0.5
+        activation = getattr(nn, self.activation)
         if features.ndim == 4:
             features, hidden = networks.Torso(self.hidden, name="torso")(features), ()
-        features = features.reshape(features.shape[0], -1)
         # Small first outputs of the actor: a policy that is next to even.
-        actor = networks.MLP((*hidden, self.outputs), nn.tanh, orthogonal=(gain, 0.01), name="actor")(features)
+        actor = networks.MLP((*hidden, self.outputs), activation, orthogonal=(gain, 0.01), name="actor")(features)
         if quantiles is None:
             return Choice(actor), None
         if hidden[:-1]:
-            of_value = networks.MLP(hidden[:-1], nn.tanh, orthogonal=(gain, gain), name="features")
-            features = nn.tanh(of_value(features))  # e_v
+            of_value = networks.MLP(hidden[:-1], activation, orthogonal=(gain, gain), name="features")
+            features = activation(of_value(features))  # e_v
         told = networks.MLP(features.shape[-1:], orthogonal=(gain, gain), name="distillation")(quantiles)
         fused = features * nn.relu(1 + told)  # e_v * e_q
-        value = networks.MLP((*hidden[-1:], 1), nn.tanh, orthogonal=(gain, 1.0), name="critic")(fused)
+        value = networks.MLP((*hidden[-1:], 1), activation, orthogonal=(gain, 1.0), name="critic")(fused)
         return Choice(actor), value[:, 0]
 
 
@@ -130,10 +131,12 @@ class QuantileNetwork(nn.Module):
 
     hidden: tuple[int, ...]
     num_actions: int
+    convolution: bool = True
 
     @nn.compact
     def __call__(self, observation: jax.Array, fractions: jax.Array) -> jax.Array:
-        features = networks.Torso(self.hidden[:-1], name="torso")(observation)
+        features = clipped.numbers(observation, self.convolution)
+        features = networks.Torso(self.hidden[:-1], name="torso")(features)
         return networks.ImplicitQuantileHead(self.hidden[-1], self.num_actions, name="head")(features, fractions)
 
 
@@ -197,8 +200,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
         config.replay_capacity >= clock.env_steps,
         f"--replay-capacity is {config.replay_capacity}; it must be at least a rollout's {clock.env_steps} steps",
     )
-    network = Network(config.hidden, num_actions, continuous=False)
-    quantile_network = QuantileNetwork(config.quantile_hidden, num_actions)
+    network = Network(
+        config.hidden, num_actions, continuous=False, activation=config.activation, convolution=config.convolution
+    )
+    quantile_network = QuantileNetwork(config.quantile_hidden, num_actions, config.convolution)
     midpoints = quantile.midpoints(config.num_quantiles)
     optimizer = clipped.optimizer_of(config)
     adam = optax.adam(config.quantile_learning_rate, eps=config.adam_epsilon)

@@ -20,9 +20,9 @@ older parameters made: gradients end there (truncated backpropagation through ti
 minibatch are 1.
 
 Differences from purejaxrl's code: time limits bootstrap (there they are ends), perceptrons are tanh with the gain
-sqrt 2 (there relu, with the gain 2 behind the memory), step sizes need not fall, images pass a convolution, and
-continuous actions and normalisation are as in `ppo.py`. One memory serves policy and value, as there. Past actions and
-rewards are not remembered, but for what observations say of them.
+sqrt 2 (there relu, as with `--activation relu`, and the gain 2 behind the memory), step sizes need not fall, images
+pass a convolution, and continuous actions and normalisation are as in `ppo.py`. One memory serves policy and value, as
+there. Past actions and rewards are not remembered, but for what observations say of them.
 
 It claims nothing about returns, since what it expects depends on what it remembers, and is exported as a StableHLO
 program alone, which takes and gives the memory: the portable arrays know no memory.
@@ -91,24 +91,27 @@ class Network(nn.Module):
     memory_size: int
     outputs: int
     continuous: bool
+    activation: str = "tanh"
+    convolution: bool = True
 
     @nn.compact
     def __call__(
         self, memory: jax.Array, observation: jax.Array, begins: jax.Array
     ) -> tuple[jax.Array, Choice | Gaussian, jax.Array]:
         chex.assert_equal_shape_prefix([observation, begins], 2)
-        steps = begins.shape
-        features = observation.reshape(-1, *observation.shape[2:]).astype(jnp.float32)
+        steps, activation = begins.shape, getattr(nn, self.activation)
+        features = clipped.numbers(observation.reshape(-1, *observation.shape[2:]), self.convolution)
         if features.ndim == 4:
             features = networks.Torso(self.hidden, name="torso")(features)
         else:
-            encoder = networks.MLP(self.hidden, nn.tanh, orthogonal=(2**0.5, 2**0.5), name="encoder")
-            features = nn.tanh(encoder(features.reshape(features.shape[0], -1)))
+            encoder = networks.MLP(self.hidden, activation, orthogonal=(2**0.5, 2**0.5), name="encoder")
+            features = activation(encoder(features))
         memories = networks.GRU(self.memory_size, name="memory")(memory, features.reshape(*steps, -1), begins)
         remembered = memories.reshape(-1, self.memory_size)
         # Small first outputs of the actor: a policy that is next to even.
-        actor = networks.MLP((*self.hidden, self.outputs), nn.tanh, orthogonal=(2**0.5, 0.01), name="actor")(remembered)
-        value = networks.MLP((*self.hidden, 1), nn.tanh, orthogonal=(2**0.5, 1.0), name="critic")(remembered)
+        widths = *self.hidden, self.outputs
+        actor = networks.MLP(widths, activation, orthogonal=(2**0.5, 0.01), name="actor")(remembered)
+        value = networks.MLP((*self.hidden, 1), activation, orthogonal=(2**0.5, 1.0), name="critic")(remembered)
         actor, value = actor.reshape(*steps, self.outputs), value.reshape(steps)
         if not self.continuous:
             return memories, Choice(actor), value
@@ -151,7 +154,10 @@ def make_agent(config: Config, env, env_params) -> Agent:
     )
     clock = clipped.clock_of(config)
     memoryless = clipped.network_of(config, env, env_params)
-    network = Network(config.hidden, config.memory_size, memoryless.outputs, memoryless.continuous)
+    network = Network(
+        config.hidden, config.memory_size, memoryless.outputs, memoryless.continuous, config.activation,
+        config.convolution,
+    )  # fmt: skip
     optimizer = clipped.optimizer_of(config)
 
     def start(num_envs: int) -> jax.Array:

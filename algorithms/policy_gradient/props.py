@@ -286,7 +286,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         # Advantages of each rollout apart: with the value of the true successor, also at a time limit.
         lived, done = jax.tree.map(lambda x: x[old:], buffer), (buffer.terminated | buffer.truncated)[old:]
         scale, _ = normalization.scale_rewards(state.scale, lived.reward, done, config.discount)
-        reward = buffer.reward if scale is None else jnp.clip(buffer.reward / normalization.unit(scale), -10, 10)
+        reward = normalization.scaled(scale, buffer.reward)
         observation, next_observation = (
             normalize(state.normalizer, x) for x in (buffer.observation, buffer.next_observation)
         )

@@ -40,7 +40,7 @@ from jaxrl_dist.agent import Agent, memoryless
 from jaxrl_dist.configuration import configuration
 from jaxrl_dist.learning import clipped, distillation, draws, interaction, normalization, returns, rollouts
 from jaxrl_dist.learning.clipped import approximate_kl, mean_of, normalized, policy_loss, value_loss
-from jaxrl_dist.learning.distillation import Batch, standardized
+from jaxrl_dist.learning.distillation import BOUND, Batch
 from jaxrl_dist.learning.interaction import Average, Interaction, average
 from jaxrl_dist.learning.normalization import RewardScale, RunningStatistics
 from jaxrl_dist.learning.optimization import Trained, begin, descend
@@ -168,7 +168,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         # Bonus of every true successor, in parts of the deviation of sums that no end of an episode resets.
         successor = flat(lived.next_observation).astype(jnp.float32)
-        seen = standardized(state.statistics, successor)
+        seen = normalization.normalize(state.statistics, successor, BOUND)
         novelty = bonus(predictor.apply(parameters["predictor"], seen), random_network.apply(state.target, seen))
         goes_on = jnp.zeros_like(lived.terminated)
         scale, intrinsic_reward = normalization.scale_rewards(
@@ -193,7 +193,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
 
         # Epochs of minibatches; the predictor learns with statistics of all that was seen.
         statistics = normalization.update(state.statistics, successor)
-        seen = standardized(statistics, successor)
+        seen = normalization.normalize(statistics, successor, BOUND)
         batch = jax.tree.map(
             flat, (lived.observation, action, log_density, advantage, value, of_rewards + value,
                    intrinsic_value[:-1], of_bonuses + intrinsic_value[:-1])

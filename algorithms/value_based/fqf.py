@@ -46,7 +46,7 @@ import optax
 
 from jaxrl_dist.agent import Agent, Claim, memoryless
 from jaxrl_dist.configuration import Count, NonNegative, configuration
-from jaxrl_dist.distributional import quantile
+from jaxrl_dist.distributional import categorical, quantile
 from jaxrl_dist.distributional import risk as risks
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.learning import experience, greedy, networks, portable
@@ -182,7 +182,7 @@ def fraction_loss(
     # dW1 / dtau_i = 2 F(tau_i) - F(mid_i) - F(mid_{i+1}); times tau_i it is a loss with this gradient.
     slope = jax.lax.stop_gradient(2 * at_edges - at_middles[:, :-1] - at_middles[:, 1:])
     # Of the masses; the official code's is one of the cumulated fractions.
-    entropy = jax.scipy.special.entr(steps.masses).sum(-1)
+    entropy = categorical.entropy(steps.masses)
     return (slope * steps.edges).sum(-1).mean() - entropy_weight * entropy.mean()
 
 
@@ -242,7 +242,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
             "loss": loss, "value": (steps.masses * values).sum(-1).mean(),
             "target": (next_steps.masses * target).sum(-1).mean(),
             "gradient_norm": gradient_norm,
-            "fraction_entropy": jax.scipy.special.entr(steps.masses).sum(-1).mean(),
+            "fraction_entropy": categorical.entropy(steps.masses).mean(),
         }  # fmt: skip
         return Learner(new_network, target_network, updates), metrics
 

@@ -50,11 +50,12 @@ ACTOR_CRITIC = {name: {} for name in ("tqc", "sac", "td3", "ddpg", "d4pg", "dsac
 # loss does not fall near its minimum: values jitter, and where they differ little, advantages are that jitter.
 QUANTILE = {"critic": "quantile", "normalize_rewards": True}
 ON_POLICY = {"ppo": {}, "ppo-quantile": QUANTILE, "a2c": {}, "pqn": {}, "pg_rainbow": {}}
+# A third of the steps that PPO's presets are for.
 MINATAR = {
-    "total_steps": 1_000_000,
+    "total_steps": 3_000_000,
     "algorithms": {
-        "ppo": {"annealing_steps": 1_000_000}, "ppo-quantile": {"annealing_steps": 1_000_000, **QUANTILE},
-        "pqn": {},
+        "ppo": {"annealing_steps": 3_000_000}, "ppo-quantile": {"annealing_steps": 3_000_000, **QUANTILE},
+        "pqn": {"exploration_steps": 300_000, "annealing_steps": 3_000_000},
     },
 }  # fmt: skip
 SETTINGS = {

@@ -45,8 +45,18 @@ def ours(case: workloads.Case):
     return training_of(agent_of(case))
 
 
+def without_decompositions() -> None:
+    """Let orthogonal initial weights be drawn from a normal law: on two cores a QR decomposition under `vmap` does not
+    end. What an update takes is the same."""
+    from flax.linen import initializers
+
+    for module in (jax.nn.initializers, initializers):
+        module.orthogonal = lambda scale=1.0, *_, **__: jax.nn.initializers.normal(0.1 * scale)
+
+
 def rejax(case: workloads.Case):
     """The same for rejax, one of whose iterations is one environment step and one update."""
+    without_decompositions()
     import rejax as peer
     from flax import linen as nn
     from rejax.algos import dqn, iqn
@@ -95,6 +105,7 @@ def purejaxrl(case: workloads.Case, folder: str):
     state."""
     if case.algorithm not in ("dqn", "ppo"):
         return None
+    without_decompositions()
     import gymnax.wrappers.purerl
 
     jax.tree_map = jax.tree.map  # which it calls and JAX has no more

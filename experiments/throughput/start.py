@@ -1,10 +1,11 @@
-"""What does the compile cache save at the start of a run? Writes `start.csv` and `start.json` beside this file.
+"""From the shell to a trained policy: whole processes, and what the compile cache saves them.
 
-A short run is started three times in processes of their own: with the cache off, with an empty one, and with the one
-that the second start left. Seconds of CPU are of all threads, and hardly depend on what else the machine does; those of
-the clock do.
+Each run of `RUNS` is started three times in a process of its own: with the cache off, with an empty one, and with the
+one that the second start left. `start.csv` has a row for each; `seconds` are of the whole process, from the start of
+Python to its end, the last picture included. Seconds of CPU are of all threads, and hardly depend on what else the
+machine does; those of the clock do.
 
-    python experiments/throughput/start.py            # about three minutes on 2 cores
+    python experiments/throughput/start.py            # about five minutes on 2 cores
 """
 
 import json
@@ -21,35 +22,49 @@ import pandas as pd
 import tyro
 
 from jaxrl_dist.algorithms.actor_critic import tqc
+from jaxrl_dist.algorithms.value_based import dqn
 from jaxrl_dist.records import recording
 
 HERE = Path(__file__).parent
 MINE = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-ARGUMENTS = ("--env-id", "Pendulum-v1", "--total-steps", "1200", "--num-seeds", "4")
+TQC = (tqc.__file__, "--env-id", "Pendulum-v1", "--total-steps", "15000")
+RUNS = {
+    "TQC, Pendulum-v1, 15,000 steps": TQC,
+    "TQC, Pendulum-v1, 15,000 steps, 4 seeds": (*TQC, "--num-seeds", "4"),
+    "DQN, CartPole-v1, 50,000 steps": (dqn.__file__, "--env-id", "CartPole-v1", "--total-steps", "50000"),
+}
 
 
-def main() -> None:
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            started("off", folder, "--compile-cache", "off"), started("empty", folder), started("filled", folder),
-        ]  # fmt: skip
-    table = pd.DataFrame(rows)
-    table.to_csv(HERE / "start.csv", index=False)
-    print(table.to_string(index=False))
+def main(out: Path = HERE) -> None:
+    """Start everything and write the table.
+
+    Args:
+        out: folder to write to.
+    """
+    began, rows = time.perf_counter(), []
+    for run, arguments in RUNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for cache in ("off", "empty", "filled"):
+                more = ("--compile-cache", "off") if cache == "off" else ()
+                rows.append({"run": run} | started(cache, folder, *arguments, *more))
+                print(rows[-1], flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(out / "start.csv", index=False)
     about = {
-        "command": recording.command_line(), "run": f"tqc.py {' '.join(ARGUMENTS)}", "cores": os.cpu_count(),
-        "seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"),
-        "versions": recording.versions(),
+        "command": recording.command_line(), "cores": os.cpu_count(), "seconds": round(time.perf_counter() - began),
+        "date": time.strftime("%Y-%m-%d"), "versions": recording.versions(),
     }  # fmt: skip
-    (HERE / "start.json").write_text(json.dumps(about, indent=2) + "\n")
+    (out / "start.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def started(cache: str, folder: str, *more: str) -> dict:
-    """One row: the run in a process of its own, whose user has an empty home but for what earlier starts left there."""
+def started(cache: str, folder: str, *arguments: str) -> dict:
+    """One row but for its name: the run in a process of its own.
+
+    Its user has an empty home but for what earlier starts left there.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in MINE}
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    command = [sys.executable, tqc.__file__, *ARGUMENTS, *more, "--name", cache, "--runs-folder", folder]
+    command = [sys.executable, *arguments, "--name", cache, "--runs-folder", folder]
     run = subprocess.run(
         command, env=environment | {"XDG_CACHE_HOME": folder}, capture_output=True, text=True, check=True
     )

@@ -121,5 +121,14 @@ def kl_divergence(target_masses: jax.Array, logits: jax.Array) -> jax.Array:
 
     The cross entropy less the entropy of the target, so of the same gradient, and 0 for a perfect prediction.
     """
-    entropy = jax.scipy.special.entr(jax.lax.stop_gradient(target_masses)).sum(-1)
-    return cross_entropy(target_masses, logits) - entropy
+    return cross_entropy(target_masses, logits) - entropy(jax.lax.stop_gradient(target_masses))
+
+
+def entropy(masses: jax.Array) -> jax.Array:
+    """Entropy in nats, `[..., N]` -> `[...]`, whose gradient is finite.
+
+    Where a softmax has underflowed, the slope -log(0) times a gradient of 0 is no number, as with
+    `jax.scipy.special.entr`: a mass that float32 cannot tell from 0 passes no gradient here.
+    """
+    there = masses >= jnp.finfo(masses.dtype).tiny
+    return -jnp.where(there, masses * jnp.log(jnp.where(there, masses, 1)), 0).sum(-1)

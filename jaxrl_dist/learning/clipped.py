@@ -5,7 +5,7 @@ each piece is for.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -60,7 +60,12 @@ class Settings:
     """largest norm of a gradient"""
 
     hidden: Layers = (64, 64)
-    """widths of the hidden layers; of images those after the convolution, which actor and critic share"""
+    """widths of the hidden layers"""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """what follows a hidden layer; behind a convolution always relu"""
+    convolution: bool = True
+    """let images pass MinAtar's convolution and then the hidden layers, which actor and critic share; if not, they are
+    numbers like others"""
 
 
 def clock_of(settings: Any) -> Clock:
@@ -97,7 +102,7 @@ def optimizer_of(settings: Any) -> optax.GradientTransformation:
 
 
 class Network(nn.Module):
-    """Policy and value, `[batch, *observation]` -> law of actions, `[batch]`; apart from each other but for images.
+    """Policy and value, `[batch, *observation]` -> law of actions, `[batch]`; apart but for what images pass.
 
     With `num_quantiles`, the quantiles of the return instead of its mean: `[batch, num_quantiles]`.
     """
@@ -106,22 +111,29 @@ class Network(nn.Module):
     outputs: int
     continuous: bool
     num_quantiles: int = 0
+    activation: str = "tanh"
+    convolution: bool = True
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> tuple[Choice | Gaussian, jax.Array]:
-        features, hidden = observation.astype(jnp.float32), self.hidden
+        features, hidden, activation = numbers(observation, self.convolution), self.hidden, getattr(nn, self.activation)
         if features.ndim == 4:
             features, hidden = networks.Torso(self.hidden, name="torso")(features), ()
-        features = features.reshape(features.shape[0], -1)
         # Small first outputs of the actor: a policy that is next to even.
-        actor = networks.MLP((*hidden, self.outputs), nn.tanh, orthogonal=(2**0.5, 0.01), name="actor")(features)
+        actor = networks.MLP((*hidden, self.outputs), activation, orthogonal=(2**0.5, 0.01), name="actor")(features)
         widths = *hidden, self.num_quantiles or 1
-        value = networks.MLP(widths, nn.tanh, orthogonal=(2**0.5, 1.0), name="critic")(features)
+        value = networks.MLP(widths, activation, orthogonal=(2**0.5, 1.0), name="critic")(features)
         value = value if self.num_quantiles else value[:, 0]
         if not self.continuous:
             return Choice(actor), value
         log_std = self.param("log_std", nn.initializers.zeros, (self.outputs,))
         return Gaussian(actor, jnp.broadcast_to(log_std, actor.shape)), value
+
+
+def numbers(observation: jax.Array, convolution: bool) -> jax.Array:
+    """Observations as float32 `[batch, n]`; images as they are if they pass a convolution."""
+    features = observation.astype(jnp.float32)
+    return features if features.ndim == 4 and convolution else features.reshape(features.shape[0], -1)
 
 
 def network_of(settings: Any, env, env_params, num_quantiles: int = 0) -> Network:
@@ -132,7 +144,9 @@ def network_of(settings: Any, env, env_params, num_quantiles: int = 0) -> Networ
     """
     continuous = kind_of(spaces_of(env, env_params)[0]) == "continuous"
     outputs = (continuous_action_size if continuous else discrete_action_count)(env, env_params)
-    return Network(settings.hidden, outputs, continuous, num_quantiles)
+    return Network(
+        settings.hidden, outputs, continuous, num_quantiles, settings.activation, settings.convolution
+    )  # fmt: skip
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -233,7 +247,7 @@ def policy_of(
 
     def export(state: Any) -> dict[str, Any]:
         return portable.actor_policy(
-            state.learner.parameters["params"], network.outputs, normalizer(state), "tanh",
+            state.learner.parameters["params"], network.outputs, normalizer(state), network.activation,
             continuous=network.continuous, squash=False,
         )  # fmt: skip
 

@@ -67,7 +67,7 @@ def clock_of(settings: Any) -> Clock:
 
 
 class Features(nn.Module):
-    """Numbers made of an observation, `[batch, *observation]` -> `[batch, outputs]`; images pass a convolution first.
+    """Numbers made of an observation, `[batch, *observation]` -> `[batch, outputs]`; images may pass a convolution.
 
     Weights start as orthogonal matrices times sqrt(2), those of the last layer times `last_gain`, biases at 0.
     """
@@ -76,13 +76,14 @@ class Features(nn.Module):
     outputs: int
     activation: Callable[[jax.Array], jax.Array] = nn.leaky_relu
     last_gain: float = 2**0.5
+    convolution: bool = True
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
-        features = observation.astype(jnp.float32)
+        features = clipped.numbers(observation, self.convolution)
         if features.ndim == 4:
             features = self.activation(networks.Convolution(16, name="convolution")(features))
-        features = features.reshape(features.shape[0], -1)
+            features = features.reshape(features.shape[0], -1)
         gains = 2**0.5, self.last_gain
         return networks.MLP((*self.hidden, self.outputs), self.activation, orthogonal=gains, name="mlp")(features)
 
@@ -99,7 +100,7 @@ class Distilled(NamedTuple):
 def networks_of(settings: Any) -> Distilled:
     """The networks for any environment that PPO takes."""
     return Distilled(
-        Features(settings.hidden, 1, nn.tanh, 1.0),
+        Features(settings.hidden, 1, getattr(nn, settings.activation), 1.0, settings.convolution),
         Features(settings.predictor_hidden, settings.num_features),
         Features(settings.target_hidden, settings.num_features),
     )
@@ -108,14 +109,7 @@ def networks_of(settings: Any) -> Distilled:
 # -- what the bonus sees ----------------------------------------------------------------------------------------------
 
 BOUND = 5
-"""Deviations from the mean beyond which observations look alike."""
-
-
-def standardized(statistics: RunningStatistics, observation: jax.Array) -> jax.Array:
-    """(observation - mean) / standard deviation, cut to ±5: any leading axes. For the bonus alone."""
-    # The codes add nothing to the variance: what never changed there is 0 / 0.
-    deviation = jnp.sqrt(statistics.variance + 1e-8)
-    return jnp.clip((observation - statistics.mean) / deviation, -BOUND, BOUND)
+"""Deviations from the mean beyond which observations look alike to the bonus."""
 
 
 def begin_statistics(

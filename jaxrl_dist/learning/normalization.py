@@ -39,12 +39,16 @@ def update(statistics: RunningStatistics, batch: jax.Array) -> RunningStatistics
     return RunningStatistics(jnp.minimum(total, MAX_COUNT), mean, variance)
 
 
-def normalize(statistics: RunningStatistics | None, observation: jax.Array) -> jax.Array:
-    """(observation - mean) / standard deviation, clipped to ±10; without statistics (`None`) the observation itself."""
+def normalize(statistics: RunningStatistics | None, observation: jax.Array, bound: float = 10) -> jax.Array:
+    """(observation - mean) / standard deviation, clipped to ±bound; without statistics (`None`) the observation itself.
+
+    Any leading axes.
+    """
     if statistics is None:
         return observation
+    # Codes that add nothing to the variance divide 0 by 0 where an observation never changed.
     deviation = jnp.sqrt(statistics.variance + 1e-8)
-    return jnp.clip((observation - statistics.mean) / deviation, -10, 10)
+    return jnp.clip((observation - statistics.mean) / deviation, -bound, bound)
 
 
 class RewardScale(NamedTuple):
@@ -79,7 +83,12 @@ def scale_rewards(
 
     sums, seen = jax.lax.scan(add, scale.sums, (reward, done))
     scale = RewardScale(sums, update(scale.statistics, seen.reshape(-1)))
-    return scale, jnp.clip(reward / unit(scale), -10, 10)
+    return scale, scaled(scale, reward)
+
+
+def scaled(scale: RewardScale | None, reward: jax.Array) -> jax.Array:
+    """Rewards in units of the scale, cut to ±10; without one (`None`) the rewards themselves."""
+    return reward if scale is None else jnp.clip(reward / unit(scale), -10, 10)
 
 
 def unit(scale: RewardScale | None) -> jax.Array:

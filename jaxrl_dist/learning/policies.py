@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxrl_dist.distributional import categorical
 from jaxrl_dist.learning import draws
 
 
@@ -87,7 +88,7 @@ class Choice(NamedTuple):
         return jnp.take_along_axis(jax.nn.log_softmax(self.logits), action[..., None], axis=-1)[..., 0]
 
     def entropy(self) -> jax.Array:
-        return jax.scipy.special.entr(jax.nn.softmax(self.logits)).sum(-1)
+        return categorical.entropy(jax.nn.softmax(self.logits))
 
 
 class Gaussian(NamedTuple):

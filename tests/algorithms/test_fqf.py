@@ -135,6 +135,8 @@ def test_entropy_pulls_the_fractions_apart_evenly():
     gradient = jax.grad(loss)(logits)
     assert gradient[0, 0] > 0 > gradient[0, 3]  # descending lowers the largest and raises the smallest
     np.testing.assert_allclose(gradient[1], np.zeros(4), atol=1e-7)
+    # Also where one fraction has all of the mass that float32 can tell.
+    assert np.isfinite(jax.grad(loss)(jnp.array([[200.0, 0, 0, -1], [120, 0, 0, 0]]))).all()
 
 
 # -- the quantile loss ------------------------------------------------------------------------------------------------

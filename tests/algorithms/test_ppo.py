@@ -404,11 +404,17 @@ def test_it_explores_by_its_law_and_is_evaluated_by_the_mode(kind, tmp_path):
         assert np.abs(action).max() == 1  # some are cut
 
 
-def test_images_pass_a_torso_that_both_share(tmp_path):
+@pytest.mark.parametrize("convolution", [True, False])
+@pytest.mark.parametrize("hidden", [(7,), (9, 7)])
+def test_images_pass_a_torso_that_both_share_or_are_flattened(convolution, hidden, tmp_path):
     """And a policy beside a critic of laws is written like any other."""
-    agent, _ = by_hand.agent_on(ppo, by_hand.Pictures(), **(TINY | LAWS | {"hidden": (7,)}))
+    settings = TINY | LAWS | {"hidden": hidden, "convolution": convolution}
+    agent, _ = by_hand.agent_on(ppo, by_hand.Pictures(), **settings)
     state = by_hand.quick(agent.init)(jax.random.key(0))
-    assert set(state.learner.parameters["params"]) == {"torso", "actor", "critic"}
+    parts = state.learner.parameters["params"]
+    assert set(parts) == {"torso", "actor", "critic"} if convolution else {"actor", "critic"}
+    size = by_hand.Pictures().picture(jnp.zeros(3)).size
+    assert len(parts["actor"]["layers"]["kernel_0"][0]) == (hidden[-1] if convolution else size)
     positions = 2 * jax.random.normal(jax.random.key(5), (60, 3))
     observation = jax.vmap(by_hand.Pictures().picture)(positions)
     action, _ = agent.policy.act(state, observation, (), jax.random.key(0))
@@ -440,16 +446,35 @@ def test_risks_that_cannot_be_climbed_are_refused(settings, message):
         agent_of("choice", **settings)
 
 
-def test_presets_of_pictures_are_minatars_torso():
+def test_the_convolution_is_minatars():
     """16 filters of 3 x 3, then one layer of 128, which both heads see (Young & Tian 2019)."""
-    (env, params), settings = envs.make("Breakout-MinAtar"), dict(ppo.PRESETS["Breakout-MinAtar"])
-    settings.pop("total_steps")
-    agent = ppo.make_agent(dataclasses.replace(ppo.Config(), **settings), env, params)
+    env, params = envs.make("Breakout-MinAtar")
+    agent = ppo.make_agent(ppo.Config(hidden=(128,)), env, params)
     shapes = jax.tree.map(jnp.shape, jax.eval_shape(agent.init, jax.random.key(0)).learner.parameters["params"])
     assert shapes["torso"]["convolution"]["kernel"] == (3, 3, 4, 16)
     assert shapes["torso"]["mlp"]["layers"]["kernel_0"] == (1, 8 * 8 * 16, 128)
     assert shapes["actor"]["layers"]["kernel_0"] == (1, 128, env.num_actions)
     assert shapes["critic"]["layers"]["kernel_0"] == (1, 128, 1)
+
+
+def test_presets_of_minatar_are_purejaxrls():
+    (env, params), settings = envs.make("Breakout-MinAtar"), dict(ppo.PRESETS["Breakout-MinAtar"])
+    settings.pop("total_steps")
+    config = dataclasses.replace(ppo.Config(), **settings)
+    assert (config.num_envs, config.num_minibatches, config.learning_rate) == (64, 8, 5e-3)
+    agent = ppo.make_agent(config, env, params)
+    parameters = jax.eval_shape(agent.init, jax.random.key(0)).learner.parameters
+    layers = {"kernel_0": (1, 400, 64), "kernel_1": (1, 64, 64), "kernel_2": (1, 64, env.num_actions)}
+    assert {name: parameters["params"]["actor"]["layers"][name].shape for name in layers} == layers
+    # Rectified: with weights turned around, a layer of tanh would turn its features around, too.
+    network = clipped.network_of(config, env, params)
+    parameters = network.init(jax.random.key(0), jnp.zeros((1, 10, 10, 4)))
+    observation = jax.random.uniform(jax.random.key(1), (5, 10, 10, 4))
+    first = parameters["params"]["critic"]["layers"]["kernel_0"]
+    parameters["params"]["critic"]["layers"]["kernel_0"] = -first
+    turned = network.apply(parameters, observation)[1]
+    parameters["params"]["critic"]["layers"]["kernel_0"] = first
+    assert jnp.abs(network.apply(parameters, observation)[1] + turned).min() > 1e-4
 
 
 def test_defaults_are_cleanrls():

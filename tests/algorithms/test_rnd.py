@@ -155,7 +155,7 @@ def rank_correlation(module, monkeypatch, size=10, iterations=20):
     counts = np.sum([x.reshape(-1, size**2).sum(0) for x in seen], axis=0)
     there = np.flatnonzero(counts)
     assert len(there) > 45
-    places = distillation.standardized(state.statistics, jnp.eye(size**2)[there].reshape(-1, size, size))
+    places = normalization.normalize(state.statistics, jnp.eye(size**2)[there].reshape(-1, size, size), 5)
     _, predictor, random_network = distillation.networks_of(config)
     prediction = predictor.apply(state.learner.parameters["predictor"], places)
     if module is rnd:

@@ -279,3 +279,9 @@ def test_kl_divergence_agrees_with_its_definition():
     predicted = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = (target * np.log(target / predicted)).sum(-1)
     np.testing.assert_allclose(categorical.kl_divergence(target, logits), expected, rtol=1e-4)
+
+
+def test_entropy_where_masses_are_nothing():
+    np.testing.assert_allclose(categorical.entropy(jnp.array([[1.0, 0, 0], [0.5, 0.5, 0]])), [0, np.log(2)], rtol=1e-6)
+    gradient = jax.grad(lambda masses: categorical.entropy(masses))(jnp.array([1.0, 0.0, 1e-42]))
+    np.testing.assert_array_equal(gradient, [-1, 0, 0])

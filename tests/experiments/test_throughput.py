@@ -121,3 +121,19 @@ def test_sides_are_compared_by_their_updates(scripts):
     assert rows.updates_per_second.tolist() == [100, 50, 200]
     assert rows.updates_per_cpu_second.tolist() == [50, 25, 100]
     assert rows.seconds_by_ours.tolist() == [1, 2, 0.5]
+
+
+def test_parts_of_an_on_policy_iteration(tmp_path):
+    command = [
+        sys.executable, FOLDER / "on_policy.py", "--environments", "CartPole-v1", "--seeds", "1", "2",
+        "--repetitions", "1", "--seconds", "0.02", "--out", tmp_path,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone, two = pd.read_csv(tmp_path / "on_policy.csv").to_dict("records")
+    assert (alone["seeds"], two["seeds"]) == (1, 2)
+    # The parts of one run alone: the reverse scan within the advantages, both beside the rollout.
+    assert 0 <= alone["share_gae"] <= alone["share_advantages"]
+    assert alone["share_rollout"] > 0
+    assert np.isnan(two["share_rollout"])
+    assert json.loads((tmp_path / "on_policy.json").read_text())["cores"] >= 1

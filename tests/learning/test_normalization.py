@@ -28,6 +28,8 @@ def test_hand_worked_and_clipped():
     statistics = update(normalization.create((1,)), jnp.array([[2.0], [4.0]]))  # mean 3, variance 1
     values = normalization.normalize(statistics, jnp.array([[3.0], [5.0], [-100.0], [100.0]]))
     np.testing.assert_allclose(values, [[0], [2], [-10], [10]], rtol=1e-6)
+    closer = normalization.normalize(statistics, jnp.array([[4.5], [-100.0], [100.0]]), bound=5)
+    np.testing.assert_allclose(closer, [[1.5], [-5], [5]], rtol=1e-6)
 
 
 def test_a_component_that_never_varies_stays_finite():
@@ -89,3 +91,4 @@ def test_rewards_without_a_scale_stay_what_they_are():
     assert scale is None
     assert reward == 2
     assert normalization.unit(None) == 1
+    assert normalization.scaled(None, jnp.array([200.0])) == 200

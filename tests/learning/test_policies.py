@@ -138,3 +138,14 @@ def test_linear_schedule():
     np.testing.assert_allclose(policies.linear_schedule(1.0, 0.2, 100, times), [1, 0.8, 0.6, 0.2, 0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose(policies.linear_schedule(0.4, 1.0, 100, times), [0.4, 0.55, 0.7, 1, 1, 1], rtol=1e-6)
     assert jax.jit(policies.linear_schedule, static_argnums=2)(0.0, 0.0, 7, jnp.int32(3)) == 0
+
+
+def test_entropy_of_a_choice_and_its_gradient():
+    choice = policies.Choice(jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.9, 0.1, 1e-20]])))
+    np.testing.assert_allclose(choice.entropy(), [1.5 * np.log(2), -0.9 * np.log(0.9) - 0.1 * np.log(0.1)], rtol=1e-6)
+    gradient = jax.grad(lambda x: policies.Choice(x).entropy())(choice.logits[0])
+    # dH / dx_i = -p_i (log p_i + H)
+    np.testing.assert_allclose(gradient, [-0.5 * 0.5 * np.log(2), *[0.25 * 0.5 * np.log(2)] * 2], rtol=1e-5)
+    for gap in (50.0, 90.0, 100.0, 104.0, 1e4):  # the exponent of the last three is 0, or nearly
+        found = jax.grad(lambda x: policies.Choice(x).entropy())(jnp.array([0.0, -gap]))
+        np.testing.assert_allclose(found, [0, 0], atol=1e-12)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_dist.learning.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.learning.interaction import EXTRAS
+from jaxrl_dist.learning.spaces import SEVERAL, bounds_of, counts_of, kind_of, spaces_of
 from jaxrl_dist.running import evaluation
 
 LANES = 16  # enough that even a start drawn from two states is not the same everywhere by chance
@@ -55,10 +56,10 @@ def _types(env: Any, params: Any, warnings: list[str]) -> Iterator[str]:
         yield f"action_space or observation_space cannot be used while an agent is traced: {_one_line(error)}"
         return
     action_space, observation_space = spaces_of(env, params)
-    if not (kind_of(action_space) == "discrete" or _is_unit_box(action_space)):
+    if not (kind_of(action_space) == "discrete" or _is_unit_box(action_space) or _is_factored(action_space)):
         yield (
             f"action_space is {_one_line(repr(action_space))} ({kind_of(action_space)}), allowed: Discrete, or "
-            "Box(-1, 1) (see envs.rescale_actions)"
+            "Box(-1, 1) (see envs.rescale_actions), or MultiDiscrete of one dimension that counts from 0"
         )
         return
     if kind_of(observation_space) not in ("continuous", "integers"):
@@ -97,6 +98,13 @@ def _types(env: Any, params: Any, warnings: list[str]) -> Iterator[str]:
         yield "info has no 'final_observation' (the true successor, before the automatic reset)"
     else:
         yield from _same_type("observation", observation, "info['final_observation']", info["final_observation"], [])
+    shapes = {"rewards": (1, "a vector of floating-point numbers"), "cost": (0, "one floating-point number")}
+    for name in EXTRAS:
+        if isinstance(info, dict) and name in info:
+            (dimensions, allowed), leaf = shapes[name], info[name]
+            is_array = isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if not is_array or len(leaf.shape) != dimensions or 0 in leaf.shape:
+                yield f"info[{name!r}] is {_describe(leaf)}, allowed: {allowed}"
 
 
 def _values(env: Any, params: Any, seed: int, warnings: list[str]) -> Iterator[str]:
@@ -134,6 +142,15 @@ def _values(env: Any, params: Any, seed: int, warnings: list[str]) -> Iterator[s
         yield f"an observation lies outside observation_space {observation_space!r}"
     if not all(np.all(np.isfinite(r[2])) for r in short):
         yield "a reward is not finite"
+    for name in EXTRAS:
+        if not all(np.all(np.isfinite(r[5][name])) for r in short if name in r[5]):
+            yield f"info[{name!r}] is not finite on every step"
+    sums = [(r[5]["rewards"].sum(-1), r[2]) for r in short if "rewards" in r[5]]
+    if not all(np.allclose(total, reward, rtol=1e-3, atol=1e-4, equal_nan=True) for total, reward in sums):
+        warnings.append(
+            "info['rewards'] does not add up to the reward: agents that learn the vector maximise its sum, and what is "
+            "evaluated is the reward"
+        )
     if any(np.any(~(r[3] | r[4]) & ~_same(r[5]["final_observation"], r[0])) for r in short):
         yield "info['final_observation'] is not the successor on a step that ends no episode"
     try:
@@ -256,6 +273,13 @@ def _is_unit_box(space: Any) -> bool:
         return False
     low, high = bounds_of(space)
     return bool(np.all(low == -1) and np.all(high == 1))
+
+
+def _is_factored(space: Any) -> bool:
+    if kind_of(space) != SEVERAL:
+        return False
+    counts = counts_of(space)
+    return counts.ndim == 1 and counts.size > 0 and counts.min() >= 1 and not np.any(getattr(space, "start", 0))
 
 
 def _is_scalar(leaf: Any) -> bool:

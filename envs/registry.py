@@ -17,7 +17,9 @@ from jaxrl_dist.configuration import ConfigurationError
 from jaxrl_dist.envs.bridge import Bridge, check_params
 from jaxrl_dist.envs.check import NEEDED, EnvironmentCheckError, check_env
 from jaxrl_dist.envs.comb_lock import CombLock
+from jaxrl_dist.envs.factored import FactoredMDP, discretise_actions
 from jaxrl_dist.envs.maze import Maze
+from jaxrl_dist.envs.multi_reward import GENERATORS as WITH_REWARDS
 from jaxrl_dist.envs.one_hot import one_hot_observations
 from jaxrl_dist.envs.probe import Probe, probe_params
 from jaxrl_dist.envs.rescaling import rescale_actions
@@ -26,7 +28,12 @@ from jaxrl_dist.envs.stock import StockAugmented
 from jaxrl_dist.envs.tabular import GENERATORS
 from jaxrl_dist.envs.velocity_free import POSITIONS, velocity_free
 
+# What may stand before other ids.
+PREFIXES = ("stock/", "discretised/")
+
 _CHECKED: set[tuple[str, str]] = set()
+
+FINITE = {**GENERATORS, **WITH_STOCK, **WITH_REWARDS}
 
 # Environments that cannot run, and why: `available` leaves them out, `make` says so.
 UNAVAILABLE = {
@@ -64,11 +71,15 @@ def available() -> dict[str, list[str]]:
         "probe": ["probe"],
         "bridge": ["bridge"],
         "comb_lock": ["comb_lock"],
+        "factored": ["factored"],
         "maze": ["maze"],
+        "multi_reward": [*WITH_REWARDS],
         "tabular": [*GENERATORS, *WITH_STOCK],
         "velocity_free": [f"velocity_free/{name}" for name in POSITIONS],
         # Examples: `stock/` may stand before every id whose observations are vectors.
         "stock": [f"stock/{name}" for name in (*WITH_STOCK, "bridge", "CartPole-v1")],
+        # Examples: `discretised/` may stand before every id whose actions are a box, brax's too.
+        "discretised": [f"discretised/{name}" for name in ("Pendulum-v1", "MountainCarContinuous-v0")],
     }
     return {family: [i for i in ids if i not in UNAVAILABLE] for family, ids in families.items()}
 
@@ -78,7 +89,8 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
 
     Besides the names of `available`, `module:name` and `path/file.py:name` name a class, an instance, or a function
     that makes one, alone or with its parameters; what it is goes through `check_env` first. Continuous actions are
-    rescaled to Box(-1, 1); observations that are the number of a state become one-hot vectors.
+    rescaled to Box(-1, 1), and cut into bins where `discretised/` stands before the name; observations that are the
+    number of a state become one-hot vectors.
 
     An option is an argument of the environment's constructor (`size=16`; for brax also `backend`), or a field of its
     parameters (`max_steps_in_episode=100`, `max_torque=1.0`; for the probe also `case="discounting"`). A value may be
@@ -88,7 +100,7 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     if env_id in UNAVAILABLE:
         raise ValueError(f"environment {env_id!r} is not available: {UNAVAILABLE[env_id]}")
     known = [i for ids in available().values() for i in ids]
-    if not outside.is_outside(env_id) and env_id not in known and not env_id.startswith("stock/"):
+    if not outside.is_outside(env_id) and env_id not in known and not env_id.startswith(PREFIXES):
         raise ValueError(f"environment {env_id!r} is unknown, {_nearest(env_id, known)}")
 
     if outside.is_outside(env_id):
@@ -101,10 +113,12 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         construct, arguments = Bridge, _arguments(Bridge)
     elif env_id == "comb_lock":
         construct, arguments = CombLock, _arguments(CombLock)
+    elif env_id == "factored":
+        construct, arguments = FactoredMDP, _arguments(FactoredMDP)
     elif env_id == "maze":
         construct, arguments = Maze, _arguments(Maze)
-    elif env_id in GENERATORS | WITH_STOCK:
-        generator = (GENERATORS | WITH_STOCK)[env_id]
+    elif env_id in FINITE:
+        generator = FINITE[env_id]
         construct, arguments = generator, _arguments(generator)
     elif env_id.startswith("velocity_free/"):
         name = env_id.removeprefix("velocity_free/")
@@ -113,6 +127,14 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         arguments = {k: v for k, v in _arguments(StockAugmented).items() if k not in ("env", "env_params")}
         inner = make(env_id.removeprefix("stock/"), **{k: v for k, v in options.items() if k not in arguments})
         construct, options = partial(StockAugmented, *inner), {k: v for k, v in options.items() if k in arguments}
+    elif env_id.startswith("discretised/"):
+        arguments = {k: v for k, v in _arguments(discretise_actions).items() if k not in ("env", "params")}
+        inner = make(env_id.removeprefix("discretised/"), **{k: v for k, v in options.items() if k not in arguments})
+        options = {k: v for k, v in options.items() if k in arguments}
+
+        def construct(**chosen: Any) -> tuple[Any, Any]:
+            return discretise_actions(*inner, **chosen), inner[1]
+
     elif env_id.startswith("brax/"):
         construct, arguments = _brax(env_id.removeprefix("brax/"), options.get("backend"))
     else:

@@ -1,8 +1,6 @@
 """Continuous actions always live in Box(-1, 1): the agent never learns an environment's units."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
 
-from jaxrl_dist.learning.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.envs.wrapper import Wrapper
+from jaxrl_dist.learning.spaces import SEVERAL, bounds_of, kind_of, spaces_of
 
 
 def rescale_actions(env: Any, params: Any) -> Any:
-    """The environment with actions in Box(-1, 1): `env` itself where that holds already or actions are discrete.
+    """The environment with actions in Box(-1, 1): `env` itself where that holds already or actions are choices.
 
     The bounds are read once, at `params`; environments whose bounds depend on parameters (Pendulum's `max_torque`)
     follow the parameters given to each step. Raises ValueError for other spaces than these, for an action that is
@@ -22,11 +21,12 @@ def rescale_actions(env: Any, params: Any) -> Any:
     """
     space, _ = spaces_of(env, params)
     kind = kind_of(space)
-    if kind == "discrete":
+    if kind in ("discrete", SEVERAL):
         return env
     if kind != "continuous":
         raise ValueError(
-            f"actions of {env.name} are {kind}, allowed: one choice (Discrete), or floats with finite bounds (Box)"
+            f"actions of {env.name} are {kind}, allowed: one choice (Discrete) or several at once (MultiDiscrete), or "
+            "floats with finite bounds (Box)"
         )
     low, high = bounds_of(space)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -39,18 +39,8 @@ def rescale_actions(env: Any, params: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class RescaledActions:
-    """An environment that takes actions in Box(-1, 1); everything else is the inner environment's own.
-
-    Frozen, so that two wrappers of one environment are equal and share their compiled step.
-    """
-
-    env: Any
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "env":  # `copy` and `pickle` look before `env` is there
-            raise AttributeError(name)
-        return getattr(self.env, name)
+class RescaledActions(Wrapper):
+    """An environment that takes actions in Box(-1, 1)."""
 
     def action_space(self, params: Any = None) -> spaces.Box:
         inner = self.env.action_space(self.env.default_params if params is None else params)
@@ -62,13 +52,3 @@ class RescaledActions:
         low, high = jnp.asarray(space.low, space.dtype), jnp.asarray(space.high, space.dtype)
         # Around the centre, and clipped after the map: exact at 0, and no rounding can leave the bounds.
         return jnp.clip((low + high) / 2 + action * (high - low) / 2, low, high)
-
-    @partial(jax.jit, static_argnames=("self",))
-    def step(self, key: jax.Array, state: Any, action: jax.Array, params: Any = None) -> tuple:
-        params = self.env.default_params if params is None else params
-        return self.env.step(key, state, self.inner_action(action, params), params)
-
-    @property
-    def step_env(self) -> Callable:
-        inner = self.env.step_env  # where there is one: it is no part of the contract
-        return lambda key, state, action, params: inner(key, state, self.inner_action(action, params), params)

@@ -6,8 +6,6 @@ against the environment with velocities is what it does not remember.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import gymnax
@@ -15,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
+
+from jaxrl_dist.envs.wrapper import Wrapper
 
 POSITIONS = {
     "CartPole-v1": (0, 2),
@@ -32,19 +32,10 @@ def velocity_free(env_id: str, **options: Any) -> "VelocityFree":
 
 
 @dataclasses.dataclass(frozen=True)
-class VelocityFree:
-    """An environment of whose observations `[n]` only the components `kept` are seen; all else is its own.
+class VelocityFree(Wrapper):
+    """An environment of whose observations `[n]` only the components `kept` are seen."""
 
-    Frozen, so that two wrappers of one environment are equal and share their compiled step.
-    """
-
-    env: Any
     kept: tuple[int, ...]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "env":  # `copy` and `pickle` look before `env` is there
-            raise AttributeError(name)
-        return getattr(self.env, name)
 
     @property
     def name(self) -> str:
@@ -55,33 +46,5 @@ class VelocityFree:
         low, high = (jnp.broadcast_to(bound, inner.shape)[np.array(self.kept)] for bound in (inner.low, inner.high))
         return spaces.Box(low, high, (len(self.kept),), inner.dtype)
 
-    def _seen(self, observation: jax.Array) -> jax.Array:
+    def seen(self, observation: jax.Array) -> jax.Array:
         return observation[np.array(self.kept)]
-
-    @partial(jax.jit, static_argnames=("self",))
-    def reset(self, key: jax.Array, params: Any = None) -> tuple:
-        observation, state = self.env.reset(key, self.env.default_params if params is None else params)
-        return self._seen(observation), state
-
-    @partial(jax.jit, static_argnames=("self",))
-    def step(self, key: jax.Array, state: Any, action: jax.Array, params: Any = None) -> tuple:
-        params = self.env.default_params if params is None else params
-        observation, state, *rest, info = self.env.step(key, state, action, params)
-        info = info | {"final_observation": self._seen(info["final_observation"])}
-        return self._seen(observation), state, *rest, info
-
-    @property
-    def reset_env(self) -> Callable:
-        def reset_env(key: jax.Array, params: Any) -> tuple:
-            observation, state = self.env.reset_env(key, params)
-            return self._seen(observation), state
-
-        return reset_env
-
-    @property
-    def step_env(self) -> Callable:
-        def step_env(key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
-            observation, *rest = self.env.step_env(key, state, action, params)
-            return self._seen(observation), *rest
-
-        return step_env

@@ -54,6 +54,10 @@ class Claim(NamedTuple):
     of_states: bool = False
     """Whether the claim is about states and not about actions: every rollout draws its own first action, and `law`
     takes no notice of the one that it is given."""
+    joint: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
+    """`joint(state, observation, action) -> particles`: of agents that learn from a vector of rewards, the learned
+    joint law of its components' returns as equally weighted vectors `[batch, particles, rewards]`; `law` is that of
+    their sum."""
 
 
 class Clock(NamedTuple):

@@ -386,11 +386,11 @@ def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
 
     compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
-    seeds, returns = results.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
+    seeds, returns, parts = results.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
     diverged = {}
     if (folder / "metrics.csv").exists():
         diverged = results.diverged_seeds(recording.read_metrics(folder))
-    results.print_results(console, seeds, returns, diverged)
+    results.print_results(console, seeds, returns, diverged, parts)
 
 
 def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None:

@@ -23,7 +23,7 @@ from jaxrl_dist.configuration import (
     require,
 )
 from jaxrl_dist.learning.settings import Settings
-from jaxrl_dist.learning.spaces import continuous_action_size, discrete_action_count
+from jaxrl_dist.learning.spaces import continuous_action_size, discrete_action_count, factored_action_counts
 
 
 @configuration
@@ -199,6 +199,35 @@ def test_discrete_action_count():
 def test_discrete_action_count_says_what_does_not_fit(env, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         discrete_action_count(*env)
+    assert "\n" not in str(error.value)
+
+
+def of_choices(nvec, start=0):
+    return types.SimpleNamespace(nvec=np.array(nvec), shape=np.shape(nvec), start=np.array(start))
+
+
+def test_factored_action_counts():
+    assert factored_action_counts(toy(of_choices([3, 2, 1])), None) == (3, 2, 1)
+    several_bits = types.SimpleNamespace(n=4, shape=(4,))  # Gymnasium's MultiBinary
+    assert factored_action_counts(toy(several_bits), None) == (2, 2, 2, 2)
+    assert {type(count) for count in factored_action_counts(toy(of_choices([3])), None)} == {int}
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (gymnax.make("Pendulum-v1"), "is Pendulum-v1, whose actions are continuous; .* several choices at once"),
+        (gymnax.make("CartPole-v1"), "is CartPole-v1, whose actions are discrete; .* several choices at once"),
+        ((toy(of_choices([[3, 2]])), None), r"whose actions have shape \(1, 2\); .* a vector of choices"),
+        ((toy(of_choices([])), None), r"whose actions have shape \(0,\); .* a vector of choices"),
+        ((toy(of_choices([3, 0])), None), r"whose actions are of \[3, 0\] choices; .* at least one for each factor"),
+        ((toy(of_choices([3, 2], [1, 1])), None), "whose actions begin at 1; .* numbered from 0"),
+        ((toy(of_choices([3]), spaces.Box(0, 1, (4, 4))), None), r"observations have shape \(4, 4\); .* needs vectors"),
+    ],
+)
+def test_factored_action_counts_says_what_does_not_fit(env, message):
+    with pytest.raises(ConfigurationError, match=message) as error:
+        factored_action_counts(*env)
     assert "\n" not in str(error.value)
 
 

@@ -20,6 +20,7 @@ from jaxrl_dist.running.checkpointing import Checkpoints
 SMALL = {
     "num_envs": 2, "warmup_steps": 16, "replay_capacity": 64, "batch_size": 4, "hidden": (4,), "actor_hidden": (4,),
     "critic_hidden": (4,), "discount": 0.5, "num_atoms": 5, "num_steps": 8, "num_minibatches": 2,
+    "num_members": 2,
 }  # fmt: skip
 
 

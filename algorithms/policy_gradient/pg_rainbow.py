@@ -86,10 +86,9 @@ class Config(clipped.Settings):
 
 # PPO's sizes. Classic control: kappa is a tenth of the largest returns.
 MINATAR = {
-    "total_steps": 10_000_000, "num_envs": 64, "num_minibatches": 8, "learning_rate": 5e-3,
-    "annealing_steps": 10_000_000, "activation": "relu", "convolution": False,
-    "num_quantiles": 32, "num_fractions": 32, "num_target_fractions": 32, "quantile_hidden": (128, 128),
-    "quantile_learning_rate": 1e-4, "replay_capacity": 100_000,
+    "total_steps": 10_000_000, "num_envs": 64, "num_minibatches": 8, "learning_rate": 5e-3, "activation": "relu",
+    "convolution": False, "annealing_steps": 10_000_000, "num_quantiles": 32, "num_fractions": 32,
+    "num_target_fractions": 32, "quantile_hidden": (128, 128), "quantile_learning_rate": 1e-4, "replay_capacity": 10**5,
 }  # fmt: skip
 CONTROL = {"num_envs": 8, "learning_rate": 1e-3, "quantile_learning_rate": 1e-3, "kappa": 10.0}
 PRESETS = {
@@ -135,8 +134,7 @@ class QuantileNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, observation: jax.Array, fractions: jax.Array) -> jax.Array:
-        features = clipped.numbers(observation, self.convolution)
-        features = networks.Torso(self.hidden[:-1], name="torso")(features)
+        features = networks.Torso(self.hidden[:-1], name="torso")(clipped.numbers(observation, self.convolution))
         return networks.ImplicitQuantileHead(self.hidden[-1], self.num_actions, name="head")(features, fractions)
 
 
@@ -200,9 +198,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         config.replay_capacity >= clock.env_steps,
         f"--replay-capacity is {config.replay_capacity}; it must be at least a rollout's {clock.env_steps} steps",
     )
-    network = Network(
-        config.hidden, num_actions, continuous=False, activation=config.activation, convolution=config.convolution
-    )
+    network = Network(config.hidden, num_actions, False, 0, config.activation, config.convolution)
     quantile_network = QuantileNetwork(config.quantile_hidden, num_actions, config.convolution)
     midpoints = quantile.midpoints(config.num_quantiles)
     optimizer = clipped.optimizer_of(config)
@@ -311,8 +307,7 @@ def make_agent(config: Config, env, env_params) -> Agent:
         )  # fmt: skip
 
         metrics = losses | of_quantiles | {"value": value, "target": batch.target, "quantile_value": told}
-        state = State(learner, quantiles, statistics, buffer, now, key)
-        return state, episodes | jax.tree.map(average, metrics)
+        return State(learner, quantiles, statistics, buffer, now, key), episodes | jax.tree.map(average, metrics)
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(clock.env_steps, *x.shape[2:])

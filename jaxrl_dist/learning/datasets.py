@@ -21,7 +21,7 @@ from jaxrl_dist.configuration import require
 from jaxrl_dist.learning import draws
 from jaxrl_dist.learning.devices import split_rows
 from jaxrl_dist.learning.interaction import EXTRAS, Transition, transition_like
-from jaxrl_dist.learning.spaces import bounds_of, kind_of, spaces_of
+from jaxrl_dist.learning.spaces import SEVERAL, bounds_of, counts_of, kind_of, spaces_of
 
 NAMES = {
     "observation": "observations", "action": "actions", "reward": "rewards", "next_observation": "next_observations",
@@ -91,14 +91,18 @@ def require_of(transitions: Transition, env, env_params, path: Path, env_id: str
             f"{where}, whose {name} have shape {array.shape[1:]}; those of --env-id {env_id} have {wanted.shape}",
         )
     space, actions = spaces_of(env, env_params)[0], transitions.action
-    low, high = (0, int(space.n) - 1) if kind_of(space) == "discrete" else bounds_of(space)
+    kind = kind_of(space)
+    if kind == "discrete":
+        low, high = 0, int(space.n) - 1
+    else:
+        low, high = (0, counts_of(space) - 1) if kind == SEVERAL else bounds_of(space)
     require(
         bool((actions >= low).all() and (actions <= high).all()),
         f"{where}, whose actions reach from {actions.min():g} to {actions.max():g}; those of --env-id {env_id} must "
-        f"lie in [{np.min(low)}, {np.max(high)}]",
+        f"lie in [{np.min(low)}, {np.max(high)}]" + " or less, each by its factor" * (kind == SEVERAL),
     )
     require(
-        kind_of(space) != "discrete" or np.issubdtype(actions.dtype, np.integer),
+        kind not in ("discrete", SEVERAL) or np.issubdtype(actions.dtype, np.integer),
         f"{where}, whose actions are {actions.dtype}; those of --env-id {env_id} are whole numbers",
     )
 

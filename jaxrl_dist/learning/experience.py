@@ -110,7 +110,8 @@ def batch_at(
 
     A window is shorter where its episode ends, by termination or truncation, or where the newest stored step is
     reached; the bootstrap always goes from the true successor of its last step, with gamma to the steps it has. Each
-    reward is cut to plus or minus `reward_clip` before they are summed, unless that is 0.
+    reward, and of a vector of rewards each component, is cut to plus or minus `reward_clip` before they are summed,
+    unless that is 0.
     """
     bound = jnp.where(reward_clip > 0, reward_clip, jnp.inf)
     rows, num_envs = experience.replay.rows, experience.interaction.episode_return.shape[0]
@@ -126,9 +127,12 @@ def batch_at(
             sums = jax.vmap(lambda part: returns.n_step(part, *ends).reward, in_axes=-1, out_axes=-1)(parts)
             return sums.reshape(*start.shape, *extra.shape[1:])
 
+        cut = rows.extras
+        if "rewards" in (cut or {}):
+            cut = cut | {"rewards": jnp.clip(cut["rewards"], -bound, bound)}
         return Batch(
             rows.observation[start], rows.action[start], window.reward, window.discount, rows.next_observation[last],
-            jax.tree.map(summed, rows.extras),
+            jax.tree.map(summed, cut),
         )  # fmt: skip
 
     batch = split_rows(replay.in_halves(read, indices))

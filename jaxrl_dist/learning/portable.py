@@ -1,7 +1,8 @@
 """Trained policies outside of this package: as `.npz` files that load with numpy alone, and as StableHLO programs.
 
-Two kinds of `.npz` files: for continuous actions the tanh of a perceptron, for a choice of actions the largest value of
-a network with a torso, a head, and a return distribution for every action. Reading and writing them imports numpy only.
+Three kinds of `.npz` files: for continuous actions the tanh of a perceptron, for a choice of actions the largest value
+of a network with a torso, a head, and a return distribution for every action, for several choices at once the largest
+utility of each of them, by a few residual networks. Reading and writing them imports numpy only.
 
 A `.stablehlo` program (`jax.export`) needs JAX and the package flatbuffers, and nothing of this one:
 
@@ -87,7 +88,8 @@ def actor_policy(
     if continuous:
         return mlp_policy(parameters["actor"]["layers"], outputs, normalizer, activation, squash)
     parts = {"head": {"advantage": parameters["actor"]}, "torso": parameters.get("torso", {})}
-    return greedy_policy(parts, outputs, normalizer, activation=np.array(activation))
+    # Behind a torso the actor is one layer, and the torso's layers have relu.
+    return greedy_policy(parts, outputs, normalizer, activation=np.array("relu" if parts["torso"] else activation))
 
 
 def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=None, **extra: Any) -> dict[str, Any]:
@@ -95,10 +97,11 @@ def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=No
     which may have a `convolution_norm`, a layer normalisation over its filters (epsilon 1e-5), and of a
     `networks.ActionHead` or `networks.ImplicitQuantileHead` ("head").
 
-    extra: `support` `[atoms]` for categorical outputs; `risk_table` and `variance_penalty` (`risk.tables`) for
-    risk-sensitive choices; for implicit quantiles `fractions` `[m]`, or `proposal`, the layers that propose them; for
-    observations that end with a stock `utility`, a name of `UTILITIES`, and `stock_scale`, by which the network has it
-    divided.
+    extra: `support` `[atoms]` for categorical outputs, and `quantiles`, a perceptron of the other half of a
+    mixture; `risk_table` and `variance_penalty` (`risk.tables`) for risk-sensitive choices; for implicit
+    quantiles `fractions` `[m]`, or `proposal`, the layers that propose them; for observations that end with a stock
+    `utility`, a name of `UTILITIES`, and `stock_scale`, by which the network has it divided; `num_rewards`, where each
+    particle is a vector of so many returns, of which the sum counts.
     """
     torso, head = parameters.get("torso", {}), parameters["head"]
     arrays = {"num_actions": np.int32(num_actions)}
@@ -106,6 +109,7 @@ def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=No
         arrays |= {f"convolution_{name}": x for name, x in torso["convolution"].items()}
         arrays |= {f"convolution_norm_{name}": x for name, x in torso.get("convolution_norm", {}).items()}
     parts = {"torso_": torso.get("mlp"), "proposal_": extra.pop("proposal", None)}
+    parts["quantiles_"] = extra.pop("quantiles", None)
     parts |= {f"{name}_": head.get(name) for name in ("advantage", "value")}
     parts["embedding_"] = head.get("embedding", {}).get("dense")
     for prefix, layers in parts.items():
@@ -114,27 +118,44 @@ def greedy_policy(parameters: Mapping[str, Any], num_actions: int, normalizer=No
     return arrays | _statistics(normalizer) | extra
 
 
+def factored_policy(parameters: Mapping[str, Any], counts: tuple[int, ...]) -> dict[str, Any]:
+    """Arrays of the policy that takes of each factor's choices the one of largest utility, in the mean over members,
+    from the parameters of a `factored.UtilityNetwork`; counts: the number of choices of each factor."""
+    of_layers = {f"{layer}_{name}": x for layer, part in parameters.items() for name, x in part.items()}
+    return {"action_counts": np.array(counts, np.int32)} | of_layers
+
+
 def _layers(prefix: str, layers: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{name}": x[0] for name, x in layers.items()}
 
 
 def save_policy(
-    path: Path, arrays: Mapping[str, Any], action_low: np.ndarray | None = None, action_high: np.ndarray | None = None
+    path: Path,
+    arrays: Mapping[str, Any],
+    action_low: np.ndarray | None = None,
+    action_high: np.ndarray | None = None,
+    action_bins: np.ndarray | None = None,
 ) -> None:
-    """Write the arrays of `Agent.export`, and for continuous actions the environment's own bounds."""
+    """Write the arrays of `Agent.export`, and for continuous actions the environment's own bounds; action_bins: into
+    how many values each component was cut, which are the choices of the policy."""
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     if action_low is not None:
         arrays |= {"action_low": np.asarray(action_low), "action_high": np.asarray(action_high)}
+    if action_bins is not None and not np.array_equal(arrays["action_counts"], action_bins):
+        raise ValueError(f"action_bins is {action_bins}; the policy's choices are {arrays['action_counts']}")
     np.savez(path, **arrays)
 
 
 def load_policy(path: Path | str) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a saved file, deterministic: observation -> action, both with any leading batch axis.
 
-    Continuous actions are in the environment's units; of a choice of actions the index is returned, for observations
-    `[batch, *observation]`. Errors as `load_arrays`.
+    Continuous actions are in the environment's units, also those that were cut into bins; of a choice of actions the
+    index is returned, of several at once the index of each, for observations `[batch, *observation]`. Errors as
+    `load_arrays`.
     """
     arrays = load_arrays(path)
+    if "action_counts" in arrays:
+        return _factored(arrays)
     return _greedy(arrays) if "num_actions" in arrays else _squashed(arrays)
 
 
@@ -162,13 +183,14 @@ def export_program(
     observation: Any,
     action_low: np.ndarray | None = None,
     action_high: np.ndarray | None = None,
+    action_bins: np.ndarray | None = None,
 ) -> bytes:
     """The evaluation policy as a StableHLO program for `PLATFORMS`, in the format of `jax.export`.
 
     It maps observations `[batch, *observation]` to actions `[batch, *action]`: in the environment's units where its
-    bounds are given, else indices. `observation` is one observation, or its `ShapeDtypeStruct`; `state` is that of one
-    run, and what the policy does not read of it, such as the replay, is not in the program. Whoever loads the program
-    executes it, so it is for people who trust its source.
+    bounds are given (and the number of bins, where they were cut into some), else indices. `observation` is one
+    observation, or its `ShapeDtypeStruct`; `state` is that of one run, and what the policy does not read of it, such as
+    the replay, is not in the program. Whoever loads the program executes it, so it is for people who trust its source.
 
     Of a policy that remembers, the program maps (observations, memory) to (actions, memory), where the memory is a list
     of arrays `[batch, ...]`: zeros at the start of an episode where `Policy.start` makes zeros.
@@ -180,6 +202,8 @@ def export_program(
     def in_units(action: jax.Array) -> jax.Array:
         if action_low is None:
             return action
+        if action_bins is not None:
+            action = 2 * action / (np.asarray(action_bins, np.float32) - 1) - 1
         centre, half_range = (action_low + action_high) / 2, (action_high - action_low) / 2
         return jnp.clip(centre + half_range * action, action_low, action_high)
 
@@ -198,7 +222,7 @@ def export_program(
 
 
 def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """ValueError for the first thing that keeps `_greedy` or `_squashed` from acting by these arrays."""
+    """ValueError for the first thing that keeps `_greedy`, `_factored` or `_squashed` from acting by these arrays."""
 
     def need(condition: bool, what: str) -> None:
         if not condition:
@@ -234,12 +258,34 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             need(array.dtype.kind in "fiu", f"holds {name!r} of type {array.dtype}; it must be numbers")
             broken = int((~np.isfinite(array)).sum())
             need(broken == 0, f"holds {name!r}, of which {broken} of {array.size} numbers are not finite")
-    need("num_actions" in arrays or "action_low" in arrays, "holds no policy: neither num_actions nor action_low")
+    need(
+        any(name in arrays for name in ("num_actions", "action_counts", "action_low")),
+        "holds no policy: neither num_actions nor action_counts nor action_low",
+    )
     if "observation_mean" in arrays or "observation_variance" in arrays:
         for name in ("observation_mean", "observation_variance"):
             need(name in arrays, f"has no array {name!r}")
         shape("observation_variance", *arrays["observation_mean"].shape)
         need((arrays["observation_variance"] >= 0).all(), "holds a negative number in 'observation_variance'")
+    if "action_counts" in arrays:
+        factors = shape("action_counts", None)[0]
+        counts = arrays["action_counts"]
+        need(factors > 0 and (counts >= 1).all(), f"holds 'action_counts' {counts}; each must be at least 1")
+        members, _, width = shape("input_kernel", None, None, None)
+        sizes = {"input": (None, width), "utilities": (width, factors * counts.max())}
+        for i in range(_blocks(arrays)):
+            narrow = shape(f"inner_{i}_kernel", members, width, None)[2]
+            sizes |= {f"inner_{i}": (width, narrow), f"outer_{i}": (narrow, width)}
+        for name, (inputs, units) in sizes.items():
+            shape(f"{name}_kernel", members, inputs, units)
+            shape(f"{name}_bias", members, units)
+        for name in ("norm_scale", "norm_bias"):
+            shape(name, members, width)
+        if "action_low" in arrays or "action_high" in arrays:
+            need((counts >= 2).all(), f"holds bounds, and 'action_counts' {counts}; each must be at least 2")
+            for name in ("action_low", "action_high"):
+                shape(name, *([factors] if arrays.get(name, np.zeros(1)).ndim else []))
+        return
     if "num_actions" not in arrays:
         size = outputs("", shape("kernel_0", None, None)[0])
         for name in ("action_low", "action_high"):
@@ -273,6 +319,18 @@ def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     need(size % actions == 0, f"has {size} outputs, which do not divide into {actions} actions")
     if any(name.startswith("value_") for name in arrays):
         need(outputs("value_", features) == size // actions, f"has not {size // actions} outputs of the value")
+    if "quantiles_kernel_0" in arrays:
+        quantiles = outputs("quantiles_", features)
+        need(quantiles % actions == 0, f"has {quantiles} quantiles, which do not divide into {actions} actions")
+        need("support" in arrays, "has no array 'support'")
+    if "num_rewards" in arrays:
+        shape("num_rewards")
+        rewards = int(arrays["num_rewards"])
+        need(rewards >= 1, f"holds 'num_rewards' {rewards}; it must be at least 1")
+        need(
+            size // actions % rewards == 0,
+            f"has {size // actions} outputs of each action, which do not divide into {rewards} rewards",
+        )
     if "support" in arrays:
         shape("support", size // actions)
 
@@ -286,6 +344,35 @@ def _squashed(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.nda
         return arrays["action_low"] + half_range * (bounded + 1)
 
     return policy
+
+
+def _factored(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    counts = arrays["action_counts"]
+    missing = np.arange(counts.max()) >= counts[:, None]
+
+    def layer(name: str, inputs: np.ndarray) -> np.ndarray:  # of each member, [members, batch, units]
+        return inputs @ arrays[f"{name}_kernel"] + arrays[f"{name}_bias"][:, None]
+
+    def policy(observation: np.ndarray) -> np.ndarray:
+        features = layer("input", np.asarray(observation, np.float32))
+        for i in range(_blocks(arrays)):
+            inner = np.maximum(layer(f"inner_{i}", features), 0)
+            features = features + np.maximum(layer(f"outer_{i}", inner), 0)
+        deviation = np.sqrt(features.var(-1, keepdims=True) + 1e-5)
+        features = (features - features.mean(-1, keepdims=True)) / deviation
+        features = features * arrays["norm_scale"][:, None] + arrays["norm_bias"][:, None]
+        utilities = layer("utilities", features).mean(0).reshape(len(observation), len(counts), -1)
+        action = np.where(missing, -np.inf, utilities).argmax(-1)
+        if "action_low" not in arrays:
+            return action
+        return arrays["action_low"] + (arrays["action_high"] - arrays["action_low"]) * (action / (counts - 1))
+
+    return policy
+
+
+def _blocks(arrays: Mapping[str, np.ndarray]) -> int:
+    """Residual blocks of a network of utilities."""
+    return 1 + max((int(name.split("_")[1]) for name in arrays if name.startswith("inner_")), default=-1)
 
 
 def _normalized(arrays: Mapping[str, np.ndarray], observation: np.ndarray) -> np.ndarray:
@@ -324,8 +411,13 @@ def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarr
         else:
             outputs = _perceptron(arrays, "advantage_", features)
             outputs = outputs.reshape(len(features), int(arrays["num_actions"]), -1)
+            if "quantiles_kernel_0" in arrays:
+                quantiles = _perceptron(arrays, "quantiles_", features).reshape(*outputs.shape[:2], -1)
+                outputs = np.concatenate([outputs, quantiles], axis=-1)
         if "value_kernel_0" in arrays:
             outputs = _perceptron(arrays, "value_", features)[:, None] + outputs - outputs.mean(1, keepdims=True)
+        if "num_rewards" in arrays:
+            outputs = outputs.reshape(*outputs.shape[:2], -1, int(arrays["num_rewards"])).sum(-1)
         if "utility" in arrays:
             values = UTILITIES[str(arrays["utility"])](stock[..., None] + outputs).mean(-1)
             tied = values >= values.max(-1, keepdims=True) - 1e-5  # as `envs.stock.preferences`
@@ -337,7 +429,13 @@ def _greedy(arrays: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarr
 
 def _value(arrays: Mapping[str, np.ndarray], outputs: np.ndarray, masses: np.ndarray | None) -> np.ndarray:
     """Value of every action: `[batch, actions, outputs]` and their masses `[batch, outputs]` -> `[batch, actions]`."""
-    if "support" in arrays:
+    if "quantiles_kernel_0" in arrays:
+        logits, quantiles = np.split(outputs, [len(arrays["support"])], axis=-1)
+        halves = _softmax(logits), np.full(quantiles.shape, 1 / quantiles.shape[-1])
+        atoms = np.concatenate([np.broadcast_to(arrays["support"], logits.shape), quantiles], axis=-1)
+        order, masses = np.argsort(atoms, axis=-1), np.concatenate(halves, axis=-1) / 2
+        atoms, masses = np.take_along_axis(atoms, order, axis=-1), np.take_along_axis(masses, order, axis=-1)
+    elif "support" in arrays:
         atoms, masses = np.broadcast_to(arrays["support"], outputs.shape), _softmax(outputs)
     else:
         order = np.argsort(outputs, axis=-1)

@@ -8,6 +8,9 @@ import numpy as np
 
 from jaxrl_dist.configuration import ConfigurationError
 
+SEVERAL = "several choices at once"
+"""What `kind_of` calls spaces like Gymnasium's MultiDiscrete and MultiBinary, and `envs.factored.MultiDiscrete`."""
+
 
 def spaces_of(env, env_params) -> tuple[Any, Any]:
     """The action and the observation space.
@@ -20,11 +23,12 @@ def spaces_of(env, env_params) -> tuple[Any, Any]:
 
 
 def kind_of(space: Any) -> str:
-    """In words: "discrete" is one choice of n, "continuous" a box of floats, "integers" a box of anything else."""
+    """In words: "discrete" is one choice of n, "continuous" a box of floats, "integers" a box of anything else, and
+    `SEVERAL` one choice of several for each of some factors."""
     if hasattr(space, "spaces"):
         return "a tuple" if isinstance(space.spaces, tuple | list) else "a dict"
     if hasattr(space, "nvec") or (hasattr(space, "n") and space.shape != ()):
-        return "several choices at once"
+        return SEVERAL
     if hasattr(space, "n"):
         return "discrete"
     if hasattr(space, "low") and hasattr(space, "high"):
@@ -37,6 +41,11 @@ def bounds_of(box: Any) -> tuple[np.ndarray, np.ndarray] | None:
     if any(isinstance(bound, jax.core.Tracer) for bound in (box.low, box.high)):
         return None
     return tuple(np.broadcast_to(np.asarray(bound, np.float32), box.shape) for bound in (box.low, box.high))
+
+
+def counts_of(space: Any) -> np.ndarray:
+    """Numbers of choices of a space with several at once, of the space's shape."""
+    return np.asarray(space.nvec) if hasattr(space, "nvec") else np.full(space.shape, 2)
 
 
 # -- what an algorithm can take ----------------------------------------------------------------------------------------
@@ -80,6 +89,23 @@ def discrete_action_count(env, env_params) -> int:
         len(shape) < 3 or min(shape[:2]) >= 3, env, f"images have shape {shape}", "at least 3 x 3 pixels"
     )
     return int(action_space.n)
+
+
+def factored_action_counts(env, env_params) -> tuple[int, ...]:
+    """Numbers of choices for each factor of an environment with several choices at once and vector observations."""
+    action_space, observation_space = spaces_of(env, env_params)
+    kind, needed = kind_of(action_space), f"{SEVERAL} (discretised/NAME makes them of continuous actions)"
+    require_environment(kind == SEVERAL, env, f"actions are {kind}", needed)
+    counts, start = counts_of(action_space), np.asarray(getattr(action_space, "start", 0))
+    require_environment(
+        counts.ndim == 1 and counts.size > 0, env, f"actions have shape {counts.shape}", "a vector of choices"
+    )
+    require_environment(not start.any(), env, f"actions begin at {_shown(start)}", "actions that are numbered from 0")
+    require_environment(
+        bool((counts >= 1).all()), env, f"actions are of {_shown(counts)} choices", "at least one for each factor"
+    )
+    _check_observations(env, observation_space, (1,), "vectors")
+    return tuple(int(count) for count in counts)
 
 
 def require_environment(condition: bool, env, why: str, needed: str) -> None:

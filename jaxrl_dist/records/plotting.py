@@ -161,6 +161,60 @@ def return_distribution(path: Path | None = None, *, predicted: Law, monte_carlo
     return _saved(figure, path)
 
 
+def joint_distribution(
+    path: Path | None = None, *, predicted: np.ndarray, monte_carlo: np.ndarray, title: str
+) -> Figure:
+    """Learned particles of a vector of returns among Monte-Carlo vectors, the first two components, a panel per state.
+
+    predicted: `[states, particles, rewards]`; monte_carlo: `[states, episodes, rewards]`, as for `return_distribution`.
+    Each panel says both correlations. path: as for `learning_curve`. Raises ValueError on other axes, on fewer than two
+    rewards and on values that are not finite.
+    """
+    predicted, monte_carlo = np.asarray(predicted, np.float64), np.asarray(monte_carlo, np.float64)
+    for name, values in (("predicted", predicted), ("monte_carlo", monte_carlo)):
+        if values.ndim != 3 or values.size == 0 or values.shape[-1] < 2:
+            raise ValueError(f"{name} has shape {values.shape}, but must be [states, samples, 2 or more rewards]")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds {np.sum(~np.isfinite(values))} values that are not finite")
+    states = len(predicted)
+    if states != len(monte_carlo):
+        raise ValueError(f"predicted has {states} states, but monte_carlo has {len(monte_carlo)}")
+
+    columns = min(states, 4 if states != 6 else 3)
+    rows = math.ceil(states / columns)
+    figure = _figure(width=max(2.8 * columns, 6.7), height=2.6 * rows + 1.1)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, learned, observed, number in zip(panels, predicted, monte_carlo, range(states), strict=False):
+        _style(axes)
+        blue = axes.scatter(*observed.T[:2], s=9, color=COLOURS[0], alpha=0.35, linewidths=0)
+        red = axes.scatter(*learned.T[:2], s=16, color=COLOURS[1], linewidths=0.6, edgecolors="white")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(f"state {number + 1}", loc="left", fontsize=10, color=INK)
+        said = f"correlation {_correlation(learned)}, Monte Carlo {_correlation(observed)}"
+        axes.set_title(said, loc="right", fontsize=8.5, color=FAINT)
+    for axes in panels[states:]:
+        axes.remove()
+    for axes in panels[max(0, states - columns) : states]:
+        axes.set_xlabel("return of the first reward")
+    for axes in panels[:states:columns]:
+        axes.set_ylabel("of the second")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    entries = {red: "learned", blue: "Monte Carlo"}
+    figure.legend(
+        entries.keys(), entries.values(), loc="outside lower left", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK
+    )
+    return _saved(figure, path)
+
+
+def _correlation(vectors: np.ndarray) -> str:
+    deviations = vectors[:, :2].std(0)
+    # What does not vary, rounding apart, goes with nothing.
+    if (deviations <= 1e-5 * (1 + np.abs(vectors[:, :2]).max(0))).any():
+        return "none"
+    return f"{np.corrcoef(vectors[:, 0], vectors[:, 1])[0, 1]:.2f}"
+
+
 def ranking(
     table: pd.DataFrame, fields: Sequence[str], path: Path | None = None, *, title: str, metric: str, most: int = 20
 ) -> Figure:

@@ -11,7 +11,7 @@ from jaxrl_dist.distributional import law
 from jaxrl_dist.distributional.law import Law
 from jaxrl_dist.distributional.metrics import wasserstein_1
 from jaxrl_dist.learning import interaction
-from jaxrl_dist.learning.interaction import Interaction
+from jaxrl_dist.learning.interaction import Interaction, Transition
 from jaxrl_dist.learning.spaces import spaces_of
 
 # Monte-Carlo returns are followed until less than this part of the discounted weight is left to be estimated ...
@@ -35,16 +35,25 @@ class Episodes(NamedTuple):
     extras: Any = ()
 
 
+class JointReturns(NamedTuple):
+    """Discounted vectors of returns: learned `[states, particles, rewards]`, observed `[states, rollouts, rewards]`."""
+
+    predicted: jax.Array
+    monte_carlo: jax.Array
+
+
 class ReturnDistributions(NamedTuple):
     """Discounted returns from the same states and first actions: learned laws and Monte-Carlo samples.
 
     predicted: `[states, atoms]`; monte_carlo: `[states, rollouts]`; missing: `[states]`, the part of the discounted
     weight that lies beyond the ends of rollouts, and whose rewards are therefore estimates: 0 where every one ended.
+    joint: of a claim about a vector of rewards (`Claim.joint`) the vectors, of the same rollouts; else ().
     """
 
     predicted: Law
     monte_carlo: jax.Array
     missing: jax.Array
+    joint: JointReturns | tuple = ()
 
 
 class Calibration(NamedTuple):
@@ -67,7 +76,7 @@ class Calibration(NamedTuple):
 
 def calibration(found: ReturnDistributions, *, learns_mean: bool = False) -> Calibration:
     """The numbers of a comparison, all NaN where anything in it is not finite. learns_mean: `Claim.learns_mean`."""
-    predicted, returns, missing = found
+    predicted, returns, missing = found[:3]
     error = law.mean(predicted) - returns.mean(-1)
     numbers = Calibration(
         wasserstein_1(predicted, returns).mean(), error.mean(), error.std(),
@@ -121,6 +130,7 @@ def limited_because(env, env_params) -> str:
         observation, state = interaction.strengthen(env.reset(reset_key, params))
         action = spaces_of(env, env_params)[0].sample(action_key)
         _, _, reward, terminated, _, info = env.step(step_key, state, action, params)
+        reward = reward, [info[name] for name in interaction.EXTRAS if name in info]
         # The state after `step` may be one after a reset, which depends on the limit in every environment.
         successor = env.step_env(inner_key, state, action, params)[1] if hasattr(env, "step_env") else ()
         return observation, state, info["final_observation"], reward, terminated, successor
@@ -279,7 +289,12 @@ def return_distributions_from(
         predicted = claim.law(state, batch.observation, action)
         first_action, first_bonus = jnp.repeat(action, rollouts, axis=0), 0
     clones, first, _ = interaction.step(env, env_params, clones, first_action, first_key)
-    first_reward = first.reward + first_bonus
+
+    def rewards(transition: Transition, bonus: jax.Array | float) -> tuple[jax.Array, ...]:
+        reward = transition.reward + bonus
+        return (reward, transition.extras["rewards"]) if claim.joint else (reward,)
+
+    first_rewards = rewards(first, first_bonus)
 
     discount = jnp.asarray(claim.discount, jnp.float32)
 
@@ -291,17 +306,28 @@ def return_distributions_from(
         time, clones, alive, weight, total, late = carry
         key = jax.random.fold_in(rest_key, time)
         clones, (transition, bonus) = _follow(claim, env, env_params, state, clones, key)
-        reward = jnp.where(alive, transition.reward + bonus, 0)
-        late += jnp.where(time < horizon // 2, 0, reward)
-        return time + 1, clones, alive & ~transition.terminated, weight * discount, total + weight * reward, late
+        found = [interaction.where(alive, x, jnp.zeros_like(x)) for x in rewards(transition, bonus)]
+        late = tuple(sum + jnp.where(time < horizon // 2, 0, x) for sum, x in zip(late, found, strict=True))
+        total = tuple(sum + weight * x for sum, x in zip(total, found, strict=True))
+        return time + 1, clones, alive & ~transition.terminated, weight * discount, total, late
 
-    carry = jnp.int32(0), clones, ~first.terminated, discount, first_reward, jnp.zeros_like(first_reward)
+    nothing = tuple(jnp.zeros_like(x) for x in first_rewards)
+    carry = jnp.int32(0), clones, ~first.terminated, discount, first_rewards, nothing
     time, _, alive, weight, total, late = jax.lax.while_loop(keep_going, rollout, carry)
-    late_reward = late / jnp.maximum(time - horizon // 2, 1)
     for_ever = jnp.where(discount < 1, 1 / jnp.where(discount < 1, 1 - discount, 1), 0)
     missing = jnp.where(alive, weight, 0)
-    monte_carlo = total + missing * for_ever * late_reward
-    return ReturnDistributions(predicted, monte_carlo.reshape(-1, rollouts), missing.reshape(-1, rollouts).mean(-1))
+
+    def with_the_rest(total: jax.Array, late: jax.Array) -> jax.Array:
+        late_reward = late / jnp.maximum(time - horizon // 2, 1)
+        rest = (missing * for_ever).reshape(-1, *(1,) * (late.ndim - 1)) * late_reward
+        return (total + rest).reshape(-1, rollouts, *late.shape[1:])
+
+    monte_carlo, *vectors = map(with_the_rest, total, late)
+    together = ()
+    if claim.joint:
+        taken = first_action[::rollouts]
+        together = JointReturns(claim.joint(state, batch.observation, taken), *vectors)
+    return ReturnDistributions(predicted, monte_carlo, missing.reshape(-1, rollouts).mean(-1), together)
 
 
 def _follow(claim: Claim, env, env_params, state, batch: Interaction, key: jax.Array):

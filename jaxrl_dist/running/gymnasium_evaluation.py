@@ -46,33 +46,56 @@ def make(env_id: str) -> Any:
     return environment
 
 
-def episode_returns(env_id: str, policy: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int]) -> np.ndarray:
-    """Undiscounted return of one episode for each seed of Gymnasium's environment, `[episodes]`.
+class Played(NamedTuple):
+    """Undiscounted returns of episodes `[episodes]`, and those of each component of a vector of rewards by name."""
 
-    policy: observations `[batch, *observation]` -> actions in the environment's units, `[batch, *action]`. The episodes
-    advance side by side, so the policy is called once per time step for all that still run.
+    episode_return: np.ndarray
+    parts: dict[str, np.ndarray]
+
+
+def episode_returns(env_id: str, policy: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+    """`play` without the components."""
+    return play(env_id, policy, seeds).episode_return
+
+
+def play(env_id: str, policy: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int]) -> Played:
+    """One episode for each seed of Gymnasium's environment.
+
+    Rewards may be vectors, as MO-Gymnasium has them, whose sum is then the return, or numbers with a vector in
+    `info["rewards"]`, as ours. policy: observations `[batch, *observation]` -> actions in the environment's units,
+    `[batch, *action]`. The episodes advance side by side, so the policy is called once per time step for all that still
+    run.
     """
     environments = [make(env_id) for _ in seeds]
     starts = zip(environments, seeds, strict=True)
     observations = np.stack([environment.reset(seed=int(seed))[0] for environment, seed in starts])
-    returns = np.zeros(len(environments))
+    returns, vectors = np.zeros(len(environments)), [0.0] * len(environments)
     running = list(range(len(environments)))
     while running:
         actions = policy(observations[running])
         still_running = []
         for index, action in zip(running, actions, strict=True):
-            observations[index], reward, terminated, truncated, _ = environments[index].step(action)
-            returns[index] += reward
+            observations[index], reward, terminated, truncated, info = environments[index].step(action)
+            returns[index] += np.sum(reward)
+            if np.ndim(reward) or "rewards" in info:
+                vectors[index] = vectors[index] + np.asarray(info.get("rewards", reward), np.float64)
             if not (terminated or truncated):
                 still_running.append(index)
         running = still_running
     for environment in environments:
         environment.close()
-    return returns
+    if not np.ndim(vectors[0]):
+        return Played(returns, {})
+    return Played(returns, {f"rewards_{i}": part for i, part in enumerate(np.stack(vectors).T)})
 
 
 def evaluate_policy(path: Path, env_id: str, *, episodes: int, seed: int) -> np.ndarray:
-    """Returns `[episodes]` of a policy file of `portable.save_policy` in Gymnasium's `env_id`.
+    """`play_policy` without the components, `[episodes]`."""
+    return play_policy(path, env_id, episodes=episodes, seed=seed).episode_return
+
+
+def play_policy(path: Path, env_id: str, *, episodes: int, seed: int) -> Played:
+    """Episodes of a policy file of `portable.save_policy` in Gymnasium's `env_id`.
 
     The same file and `seed` play the same episodes again. ConfigurationError where the file or the environment is
     missing, or where they do not fit together.
@@ -83,7 +106,7 @@ def evaluate_policy(path: Path, env_id: str, *, episodes: int, seed: int) -> np.
     _require_fit(path, make(env_id))
     # Two files of a run (seed_0, seed_1) get other episodes.
     seeds = np.random.SeedSequence([seed, *path.stem.encode()]).generate_state(episodes)
-    return episode_returns(env_id, portable.load_policy(path), seeds)
+    return play(env_id, portable.load_policy(path), seeds)
 
 
 def _require_fit(path: Path, environment: Any) -> None:
@@ -102,6 +125,10 @@ def _require_fit(path: Path, environment: Any) -> None:
     if "num_actions" in arrays:
         gives = f"one of {arrays['num_actions']} actions"
         fits = isinstance(space, spaces.Discrete) and (space.start, space.n) == (0, arrays["num_actions"])
+    elif "action_counts" in arrays and "action_low" not in arrays:
+        gives = f"one of {arrays['action_counts'].tolist()} choices each"
+        fits = isinstance(space, spaces.MultiDiscrete) and np.array_equal(space.nvec, arrays["action_counts"])
+        fits = fits and not space.start.any()
     else:
         low, high = arrays["action_low"], arrays["action_high"]
         gives = f"actions of shape {action.shape} from {low} to {high}"
@@ -149,16 +176,21 @@ def difference_of_means(
 
 
 class Comparison(NamedTuple):
-    """Returns of a run's policies in Gymnasium and as our own last evaluation recorded them, both per seed."""
+    """Returns of a run's policies in Gymnasium and as our own last evaluation recorded them, both per seed; parts: in
+    Gymnasium, of each component of a vector of rewards `[seeds, episodes]` by name."""
 
     env_id: str
     seeds: list[int]
     gymnasium: list[np.ndarray]
     recorded: list[np.ndarray]
+    parts: dict[str, np.ndarray]
 
 
 def evaluate_run(folder: Path, *, episodes: int, seed: int) -> Comparison:
-    """Play the policies that a finished run saved in Gymnasium's environment of the same name."""
+    """Play the policies that a finished run saved in Gymnasium's environment of the same name.
+
+    Where actions were cut into bins, `discretised/NAME`, the policies give values in NAME's own bounds.
+    """
     saved = recording.read_config(folder, {"options.seed": int, "options.num_seeds": int, "options.env_options": list})
     options = saved["options"]
     require(options["num_seeds"] >= 1, f"{folder / 'config.json'}: options.num_seeds is {options['num_seeds']}")
@@ -169,27 +201,30 @@ def evaluate_run(folder: Path, *, episodes: int, seed: int) -> Comparison:
     records = recording.read_evaluations(folder)
     axis = recording.axis_of(records)
     last = records[records[axis] == records[axis].max()]
+    env_id = options["env_id"].removeprefix("discretised/")
     missing = sorted({*seeds} - {*last.seed})
     require(not missing, f"{folder / 'evaluations.csv'} lacks seeds {missing} at its last evaluation")
+    played = [play_policy(path, env_id, episodes=episodes, seed=seed) for path in paths]
     return Comparison(
-        options["env_id"], seeds,
-        [evaluate_policy(path, options["env_id"], episodes=episodes, seed=seed) for path in paths],
+        env_id, seeds, [found.episode_return for found in played],
         [last.episode_return[last.seed == number].to_numpy() for number in seeds],
+        {name: np.stack([found.parts[name] for found in played]) for name in played[0].parts},
     )  # fmt: skip
 
 
 def print_policy(path: Path, env_id: str, console: Console, *, episodes: int, seed: int) -> None:
     """Evaluate one policy file and print its table."""
-    returns = evaluate_policy(path, env_id, episodes=episodes, seed=seed)
+    found = play_policy(path, env_id, episodes=episodes, seed=seed)
     console.print(f"{path} in Gymnasium's {env_id}")
-    results.print_results(console, [path.stem], returns[None])
+    parts = {name: values[None] for name, values in found.parts.items()}
+    results.print_results(console, [path.stem], found.episode_return[None], parts=parts)
 
 
 def print_run(folder: Path, console: Console, *, episodes: int, seed: int) -> None:
     """Evaluate a run's policies and print their table, and beside our own evaluation."""
     found = evaluate_run(folder, episodes=episodes, seed=seed)
     console.print(f"{folder} in Gymnasium's {found.env_id}")
-    results.print_results(console, found.seeds, np.stack(found.gymnasium))
+    results.print_results(console, found.seeds, np.stack(found.gymnasium), parts=found.parts)
     table = Table(
         "seed", "Gymnasium", "our last evaluation", "difference", "95 % interval",
         title=f"mean returns of {episodes} and of {len(found.recorded[0])} episodes",

@@ -27,7 +27,7 @@ from jaxrl_dist.configuration import (
 from jaxrl_dist.learning import datasets
 from jaxrl_dist.learning.interaction import Interaction
 from jaxrl_dist.learning.settings import Settings
-from jaxrl_dist.learning.spaces import bounds_of, kind_of
+from jaxrl_dist.learning.spaces import SEVERAL, bounds_of, counts_of, kind_of
 from jaxrl_dist.running import doctor, evaluation, support, training
 
 # The host keeps a row of every run for every evaluation.
@@ -325,6 +325,14 @@ def _parse_env_options(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def action_bounds(env, env_params) -> tuple[np.ndarray, ...]:
-    """The environment's own action bounds (low, high), behind the rescaling of `envs.make`; () for discrete actions."""
-    space = (env.env if hasattr(env, "inner_action") else env).action_space(env_params)
-    return bounds_of(space) if kind_of(space) == "continuous" else ()
+    """The environment's own action bounds (low, high), behind the rescaling of `envs.make`; () for discrete actions.
+
+    Of continuous actions in bins (low, high, number of bins), each `[factors]`.
+    """
+    taken = env.action_space(env_params)
+    while hasattr(env, "inner_action"):
+        env = env.env
+    space = env.action_space(env_params)
+    if kind_of(space) != "continuous":
+        return ()
+    return (*bounds_of(space), counts_of(taken)) if kind_of(taken) == SEVERAL else bounds_of(space)

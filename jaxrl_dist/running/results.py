@@ -23,11 +23,18 @@ from jaxrl_dist.running.problem import Problem, RunOptions, prepare
 from jaxrl_dist.wording import counted
 
 
-def print_results(console: Console, seeds, returns: np.ndarray, diverged: Mapping[int, str] | None = None) -> None:
+def print_results(
+    console: Console,
+    seeds,
+    returns: np.ndarray,
+    diverged: Mapping[int, str] | None = None,
+    parts: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Table of evaluation returns `[runs, episodes]`: per seed, then over seeds with its interval and CVaR.
 
     Seeds with a return that is not finite are left out of what is said over seeds. diverged: of the seeds that broke in
-    training, where and by what.
+    training, where and by what. parts: of each component of a vector of rewards, and of costs, the same by name
+    (`evaluation.columns`), of which a second table has the means.
     """
     diverged = diverged or {}
     columns = ("seed", "episodes", "mean return", "CVaR 10 %", "lowest", "highest", *["diverged"] * bool(diverged))
@@ -39,6 +46,11 @@ def print_results(console: Console, seeds, returns: np.ndarray, diverged: Mappin
         cells = [f"{x:.1f}" for x in numbers] or ["not finite", *"\N{EN DASH}" * 3]
         table.add_row(str(seed), str(len(row)), *cells, *[diverged.get(seed, "")] * bool(diverged))
     console.print(table)
+    if parts:
+        table = Table("seed", *parts, title="means of what the return is made of, and of costs")
+        for run, seed in enumerate(seeds):
+            table.add_row(str(seed), *(f"{values[run].mean():.2f}" for values in parts.values()))
+        console.print(table)
     means = returns[finite].mean(1)
     if len(means) == 0:
         console.print("no seed has finite returns, so there is no IQM")
@@ -64,6 +76,8 @@ def draw_return_distribution(
 ) -> None:
     """Picture of learned laws against Monte-Carlo returns from the same states, beyond the time limit.
 
+    Of a claim about a vector of rewards the law is that of their sum; `STEM_joint` beside it shows the joint one.
+
     `state` is that of one run. The states are reached by the claim's policy after evenly spaced times, up to a quarter
     of the time limit.
     """
@@ -87,6 +101,9 @@ def draw_return_distribution(
     if missing > evaluation.NEGLIGIBLE_WEIGHT:
         title += f"; beyond the rollouts: {missing:.0%} of the weight"
     plotting.return_distribution(path, predicted=found.predicted, monte_carlo=found.monte_carlo, title=title)
+    if found.joint and found.joint.predicted.shape[-1] > 1:
+        path = path.with_stem(f"{path.stem}_joint")
+        plotting.joint_distribution(path, **found.joint._asdict(), title=title)
 
 
 class SavedRun(NamedTuple):
@@ -139,11 +156,15 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     return SavedRun(problem, programs, np.arange(options.seed, options.seed + options.num_seeds), state, iteration)
 
 
-def evaluate_run(folder: Path, find_algorithm: Callable, *, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluate the newest checkpoint of a run: its seeds `[runs]` and episode returns `[runs, episodes]`."""
+def evaluate_run(
+    folder: Path, find_algorithm: Callable, *, episodes: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Evaluate the newest checkpoint of a run: its seeds `[runs]`, episode returns `[runs, episodes]`, and those of
+    each component of a vector of rewards, and of costs, by name."""
     run = load_run(folder, find_algorithm, episodes=episodes)
     found = run.programs.evaluate(run.state, jax.random.split(jax.random.key(seed), len(run.seeds)))
-    return run.seeds, np.asarray(found.episode_return)
+    parts = {name: np.asarray(values) for name, values in evaluation.columns(found.extras).items()}
+    return run.seeds, np.asarray(found.episode_return), parts
 
 
 def plot_distribution(

@@ -158,6 +158,7 @@ class _Session:
         self.interrupted = False  # a signal has come to this process
         self.stopped = False  # all processes have agreed to stop
         self.last_returns: np.ndarray | None = None  # [runs, episodes]
+        self.last_parts: dict[str, np.ndarray] = {}  # the same of each component of a vector of rewards, and of costs
         names = [", ".join(f"{what} {number}" for what, number in run.items()) for run in self.runs]
         agent_of = lambda run: problem.agent(self._config_of(run))  # noqa: E731
         self.watch = watching.Watch(programs, names, problem.config, agent_of, self._config_of, self._warn)
@@ -236,16 +237,21 @@ class _Session:
         self.console.print(f"results in {self.folder}")
         return self.folder
 
-    def _recorded_returns(self, iteration: int) -> list[list[float]] | None:
-        """Returns `[runs, episodes]` of an evaluation, out of the table; None where it has not all of them."""
+    def _recorded_returns(self, iteration: int) -> tuple[list[list[float]], dict[str, list[list[float]]]] | None:
+        """Returns `[runs, episodes]` of an evaluation and those of components by name, out of the table; None where it
+        has not all of them."""
         try:
             table = recording.read_evaluations(self.folder)
         except ValueError:  # the user chose to go on with damaged records
             return None
         table = table[table.iteration == iteration]
         lane = list(self.runs[0])
-        rows = [table[(table[lane] == list(run.values())).all(axis=1)].episode_return.to_list() for run in self.runs]
-        return rows if {len(row) for row in rows} == {self.options.eval_episodes} else None
+        rows = [table[(table[lane] == list(run.values())).all(axis=1)] for run in self.runs]
+        if {len(row) for row in rows} != {self.options.eval_episodes}:
+            return None
+        parts = [name for name in table if name.removeprefix("episode_").startswith(interaction.EXTRAS)]
+        by_name = {name.removeprefix("episode_"): [row[name].to_list() for row in rows] for name in parts}
+        return [row.episode_return.to_list() for row in rows], by_name
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -440,6 +446,8 @@ class _Session:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.evaluation_keys, iteration)
         episodes = hosts.gather(self.programs.evaluate(state, keys))
         judged = {"evaluation_return": episodes.episode_return.mean(1)}
+        parts = evaluation.columns(episodes.extras)
+        judged |= {f"evaluation_{name}": values.mean(1) for name, values in parts.items()}
         if self.programs.calibrates:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
             calibration = hosts.gather(self.programs.calibrate(state, keys))._asdict()
@@ -447,7 +455,7 @@ class _Session:
         state = self.watch.note_broken_evaluations(state, judged, iteration, self.options.on_divergence == "freeze")
         largest_reward = hosts.gather(self.programs.largest_reward(state))
         bounds = self.watch.value_bounds(largest_reward, averages)
-        sums = {f"episode_{name}": values for name, values in evaluation.columns(episodes.extras).items()}
+        sums = {f"episode_{name}": values for name, values in parts.items()}
         rows, episode_rows = [], []
         for run, name in enumerate(self.runs):
             position = {
@@ -474,7 +482,7 @@ class _Session:
         recorder.append_evaluations(episode_rows)
         recorder.append(rows)
         self.watch.look_at(rows, self.now(iteration))
-        self.last_returns = episodes.episode_return
+        self.last_returns, self.last_parts = episodes.episode_return, parts
         self._stop_if_diverged()
         return state
 
@@ -527,15 +535,18 @@ class _Session:
     def _print_results(self, iteration: int) -> None:
         if self.problem.configurations:  # a study prints its own
             return
-        returns = self.last_returns  # of an evaluation by this process, if there was one
+        # Of an evaluation by this process, if there was one.
+        returns, parts = self.last_returns, self.last_parts
         if returns is None:
-            returns = hosts.by_first(lambda: self._recorded_returns(iteration))
+            found = hosts.by_first(lambda: self._recorded_returns(iteration))
+            returns, parts = found or (None, {})
         if returns is not None:
             diverged = {
                 self.seeds[run]: f"at iteration {iteration:,}: {metric}"
                 for run, (iteration, metric) in self.watch.diverged.items()
             }
-            results.print_results(self.console, self.seeds, np.asarray(returns), diverged)
+            parts = {name: np.asarray(values) for name, values in parts.items()}
+            results.print_results(self.console, self.seeds, np.asarray(returns), diverged, parts)
 
     def _print_speed(self, iteration: int) -> None:
         runs = len(self.runs)

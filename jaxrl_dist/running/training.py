@@ -194,7 +194,8 @@ def make_train(
 
     `jax.jit(jax.vmap(train))(keys)` trains one run per key; `jax.vmap` over the floats of `config` sweeps them. Of an
     algorithm that learns from given arrays, `data` is an argument of `train`, the same for all runs (`in_axes=None`).
-    `history` holds `env_steps` and `updates` `[evaluations]`, `evaluation_return` `[evaluations, episodes]`, the
+    `history` holds `env_steps` and `updates` `[evaluations]`, `evaluation_return` `[evaluations, episodes]` and of a
+    vector of rewards or a cost `evaluation_rewards` and `evaluation_cost` `[evaluations, episodes, ...]`, the
     averages of all training metrics `[evaluations]`, NaN where nothing was counted, and `diverged_at` `[evaluations]`,
     the iteration at which a metric or the learner became NaN or infinite, -1 if none: from then on the run is frozen at
     its last finite learner, others go on. All of it is 32-bit, under JAX_ENABLE_X64 as well. progress: print a line at
@@ -250,6 +251,7 @@ def make_train(
                 "env_steps": now if clock.unit == "env steps" else jnp.full_like(now, clock.warmup_steps),
                 "updates": clock.updates_at(training.iteration),
                 "evaluation_return": episodes.episode_return,
+                **{f"evaluation_{name}": sums for name, sums in (episodes.extras or {}).items()},
                 "diverged_at": jnp.where(first_broken == never, -1, first_broken),
             }  # fmt: skip
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_dist.envs import stock
+from jaxrl_dist.envs.factored import MultiDiscrete
 from jaxrl_dist.envs.probe import Probe, ProbeParams
 from jaxrl_dist.learning import interaction
 from jaxrl_dist.learning.interaction import Transition
@@ -50,7 +51,30 @@ class WithLevels(Probe):
         return params.replace(max_steps_in_episode=jax.random.randint(key, (), 2, 18))
 
 
+class WithFactors(Probe):
+    """The probe with a choice of two and one of three at once, each of which earns half of what the choice alone does;
+    the third is as wrong as can be."""
+
+    def action_space(self, params=None):
+        return MultiDiscrete((2, 3))
+
+    def _reward(self, params, observation, action):
+        return (super()._reward(params, observation, action[0]) + super()._reward(params, observation, action[1])) / 2
+
+
+FACTORED = World(WithFactors(discrete_actions=2), bare, LOOKS, 2)
 LEVELS = World(WithLevels(discrete_actions=2), bare, LOOKS, 2)
+
+
+class WithRewards(Probe):
+    """The probe with its reward in two parts, of which neither says what is best."""
+
+    def step_env(self, key, state, action, params):
+        *rest, reward, terminated, info = super().step_env(key, state, action, params)
+        return *rest, reward, terminated, info | {"rewards": jnp.stack([0.5 - reward, 2 * reward - 0.5])}
+
+
+REWARDS = World(WithRewards(discrete_actions=2), bare, LOOKS, 2)
 
 
 def with_stock() -> World:
@@ -169,6 +193,10 @@ VALUE_FEELS = {
     "adam_epsilon": only("network"), "epsilon_start": LATER, "epsilon_end": LATER,
 }  # fmt: skip
 VALUE_METRICS = EPISODES + "loss value target gradient_norm "
+# A gradient so short that it is cut in every lane.
+FACTORED_SMALL = {"gradient_bound": 0.05, "polyak": 1.0}
+FACTORED_QUIET = {"gradient_bound": 40.0}
+FACTORED_FEELS = {"gradient_bound": OF_THE_LOSS, "huber_threshold": OF_THE_LOSS, "polyak": LATER}
 # Targets stay inside the support, where the projection keeps the mean.
 SUPPORT = {"v_min": -4.0, "v_max": 4.0, "num_atoms": 17}
 SUPPORT_FEELS = {"v_min": OF_THE_LOSS, "v_max": OF_THE_LOSS}
@@ -327,6 +355,20 @@ CASES = {
     ),
     "dqn": value_based(feels={"huber_threshold": OF_THE_LOSS}),
     "c51": value_based(SUPPORT, feels=SUPPORT_FEELS, metrics="clipped_mass"),
+    "ensemble_c51": value_based(
+        SUPPORT | {"num_members": 2}, feels=SUPPORT_FEELS,
+        metrics="clipped_mass return_of_member_0 return_of_member_1",
+        learns=CATCH._replace(steps=60_000),  # 20,000 of each member
+    ),
+    # Its target is the mean over members, each of which has values of its own.
+    "bootstrapped_dqn": value_based(
+        {"num_members": 2, "prior_scale": 1.0, "mask_probability": 0.6}, {"prior_scale": 0.3, "mask_probability": 1.0},
+        feels={
+            "huber_threshold": OF_THE_LOSS, "prior_scale": feels("network optimizer"),
+            "mask_probability": feels("network optimizer", "replay target_network"),
+        },
+        metrics="disagreement", learns=Learning("DeepSea-bsuite", 3_000, 0.9), draws=True,
+    ),
     "os_c51": value_based(
         SUPPORT, feels=SUPPORT_FEELS, metrics="clipped_mass",
         learns=CATCH._replace(steps=40_000, at_least=0.7),  # slower than C51
@@ -337,9 +379,37 @@ CASES = {
     "mmd_dqn": value_based(
         {"num_particles": 6}, feels={"bandwidth_exponent": OF_THE_LOSS}, metrics="spread",
     ),
+    "md3qn": value_based(
+        {"num_particles": 6}, feels={"bandwidth_exponent": OF_THE_LOSS}, metrics="spread", world=REWARDS,
+        learns=Learning("multi_reward/branches", 20_000, 0.9),  # of 1
+    ),
     "iqn": value_based(
         {"num_fractions": 5, "num_target_fractions": 6, "num_policy_fractions": 7, "cosines": 8},
         feels={"kappa": OF_THE_LOSS}, draws=True,
+    ),
+    "pe_dqn": value_based(
+        SUPPORT | {
+            "prior_scale": 0.3, "kappa": 0.5, "bonus_weight_start": 1.5, "bonus_weight_end": 1.2, "bonus_steps": 1000,
+        },
+        {"kappa": 1.0, "bonus_weight_start": 0.0, "bonus_weight_end": 0.0},
+        feels=dict.fromkeys(("v_min", "v_max", "bonus_range", "prior_scale"), feels("network optimizer")) | {
+            "kappa": OF_THE_LOSS, "bonus_weight_start": LATER, "bonus_weight_end": LATER,
+        },
+        metrics="clipped_mass disagreement bonus", learns=None,
+    ),
+    # Its target is the mean over networks, each of which has values of its own.
+    "iterated_dqn": value_based(
+        {"sync_period": 5}, feels={"huber_threshold": OF_THE_LOSS, "network_gradient_bound": OF_THE_LOSS}, draws=True,
+        dead=("cosines", "num_fractions", "num_target_fractions", "num_policy_fractions", "kappa"),  # of its IQN
+    ),
+    "log_dqn": value_based(
+        {"averaging_rate": 0.5, "smallest_value": 0.7, "huber_threshold": 0.1},
+        {"smallest_value": 0.01, "huber_threshold": 1.0},
+        dict.fromkeys(
+            ("map_scale", "map_offset", "smallest_value", "averaging_rate", "value_bound", "huber_threshold"),
+            OF_THE_LOSS,
+        ),
+        "cut_values", dead=("num_bands",),
     ),
     "fqf": value_based(
         {"num_fractions": 6, "cosines": 8},
@@ -409,6 +479,16 @@ CASES = {
         + "approximate_kl clipped_ratios quantile_loss quantile_gradient_norm quantile_value",
         DISCRETE, None, replay=False, iterations=300, more_parts=with_quantiles,
     ),
+    "variance_reduced": Case(
+        {"num_envs": 16, "horizon": LIMIT, "hidden": (16, 16), "discount": DISCOUNT, "step_length": 0.3}, {},
+        {
+            "discount": feels("parameters optimizer"), "step_length": only("parameters"),
+            "step_exponent": LATER, "memory_exponent": LATER,  # the first iteration knows nothing of either
+        },
+        EPISODES + "loss utility entropy gradient_norm direction_norm share_of_new smallest_weight largest_weight",
+        DISCRETE, Learning("CartPole-v1", 5_000_000, 450), replay=False, both=True,
+        dead=("utility", "smoothing", "barrier_weight"),  # of other utilities: see its own tests
+    ),
     "props": Case(
         # The first iteration has data of a rollout before it, and so its own behaviour policies.
         ON_POLICY | {"behaviour_period": 4, "behaviour_learning_rate": 0.05, "kl_weight": 0.5},
@@ -459,6 +539,16 @@ CASES = {
         },
         "value_loss actor_loss critic_loss value target advantage weight bounded_weights critic_gradient_norm",
         CONTINUOUS, None, replay=False, data=any_action, iterations=1800,
+    ),
+    "decoupled_dqn": value_based(
+        FACTORED_SMALL, FACTORED_QUIET, FACTORED_FEELS, world=FACTORED,
+        learns=Learning("discretised/Pendulum-v1", 30_000, -250),
+    ),
+    # The first update finds the target network where the critics are: nothing is to be kept near.
+    "revalued": value_based(
+        FACTORED_SMALL | {"num_critics": 3, "regularisation": 0.5}, FACTORED_QUIET,
+        FACTORED_FEELS | {"regularisation": LATER}, "regulariser disagreement", FACTORED,
+        learns=Learning("factored", 10_000, 1.0),
     ),
     # The mean needs no stock, and must find the values that QR-DQN finds.
     "eta_dqn": value_based(

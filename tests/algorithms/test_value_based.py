@@ -106,6 +106,8 @@ def test_exported_policy_is_the_evaluation_policy(started, tmp_path):
     chosen = []
     for variant in variants(name):
         agent, _ = small_agent(name, env, **settings, **variant)
+        if agent.export is None:
+            pytest.skip("there is no such file of it")
         portable.save_policy(tmp_path / "policy.npz", agent.export(state))
         exported = portable.load_policy(tmp_path / "policy.npz")(np.asarray(observation))
         np.testing.assert_array_equal(
@@ -198,6 +200,8 @@ FRAMES = 4  # of the game, per agent step, of which four are taken per update
         ("mmd_dqn", 200_000, 40_000, 4_000_000),
         ("os_c51", 320_000, 40_000, 4_000_000),
         ("rainbow", 80_000, 32_000, None),
+        ("log_dqn", 80_000, 32_000, 1_000_000),
+        ("iterated_dqn", 80_000, 24_000, 1_000_000),
     ],
 )
 def test_paper_presets_count_in_the_right_units(name, warmup_frames, target_frames, epsilon_frames):

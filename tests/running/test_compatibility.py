@@ -20,8 +20,9 @@ from jaxrl_dist.running.problem import RunOptions, split_preset
 
 MODULES = {name: cli.find_algorithm(name) for name in agents()}
 ENVIRONMENTS = [env_id for ids in envs.available().values() for env_id in ids]
-# Vectors and continuous actions, vectors of integers, images, a stock, levels: each takes another way through agents.
-KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble", "maze")
+# Vectors and continuous actions, vectors of integers, images, a stock, levels, several choices at once: each takes
+# another way through agents.
+KINDS = ("Pendulum-v1", "FourRooms-misc", "Breakout-MinAtar", "stock/gamble", "maze", "multi_reward/coin", "factored")
 
 every_algorithm = pytest.mark.parametrize("name", MODULES)
 # Tracing brax takes its time.
@@ -73,12 +74,14 @@ def trace(agent, env, params) -> None:
     if jax.tree.leaves(memory):  # a policy that remembers makes no claim, and is no file for numpy
         assert agent.claim is agent.export is None
         return
-    target_action, bonus = jax.eval_shape(agent.claim.policy, state, observation, key)
-    assert types(target_action) == types(action)
-    assert types(bonus) == ((batch,), jnp.float32)
-    law = jax.eval_shape(agent.claim.law, state, observation, action)
-    assert {x.shape[0] for x in jax.tree.leaves(law)} == {batch}
-    assert jax.eval_shape(lambda state: numbers_of(agent.export(state)), state)
+    if agent.claim:  # there is none without a critic
+        target_action, bonus = jax.eval_shape(agent.claim.policy, state, observation, key)
+        assert types(target_action) == types(action)
+        assert types(bonus) == ((batch,), jnp.float32)
+        law = jax.eval_shape(agent.claim.law, state, observation, action)
+        assert {x.shape[0] for x in jax.tree.leaves(law)} == {batch}
+    if agent.export:
+        assert jax.eval_shape(lambda state: numbers_of(agent.export(state)), state)
 
 
 def numbers_of(exported):
@@ -126,6 +129,9 @@ def test_matrix_of_support():
     assert refusals["CartPole-v1"]["ddpg"] == refusals["stock/gamble"]["sac"] == "actions are discrete"
     assert refusals["Pendulum-v1"]["rainbow"] == refusals["brax/hopper"]["dqn"] == "actions are continuous"
     assert refusals["CartPole-v1"]["eta_dqn"] == "observations hold no stock"
+    refusals = compatibility.refusals(MODULES, ["factored", "discretised/Pendulum-v1"])
+    assert {name for name, why in refusals["factored"].items() if not why} == {"decoupled_dqn", "revalued"}
+    assert refusals["factored"] == refusals["discretised/Pendulum-v1"]
 
 
 def test_brax_environments_are_what_the_matrix_takes_them_for():
@@ -156,8 +162,8 @@ class Odd(Toy):
 class MultiDiscrete:
     """As Gymnasium has it; gymnax has none."""
 
-    def __init__(self, *nvec):
-        self.nvec, self.shape, self.dtype = nvec, (len(nvec),), jnp.int32
+    def __init__(self, *nvec, start=0):
+        self.nvec, self.shape, self.dtype, self.start = nvec, (len(nvec),), jnp.int32, start
 
 
 class FromOne(spaces.Discrete):
@@ -175,9 +181,9 @@ REFUSED_BY_ALL = {
     r"observations have shape \(2, 3, 3, 1\)": (None, spaces.Box(0, 1, (2, 3, 3, 1))),
     "actions are a dict": (spaces.Dict({"left": BOX, "right": BOX}), None),
     "actions are a tuple": (spaces.Tuple([CHOICE, CHOICE]), None),
-    "actions are several choices at once": (MultiDiscrete(2, 3), None),
     "actions are integers": (spaces.Box(0, 255, (2,), jnp.int32), None),
 }
+REFUSED_BUT_BY_FACTORED = {"actions are several choices at once": (MultiDiscrete(2, 3), None)}
 REFUSED_BY_CONTINUOUS = {
     "actions are discrete": (CHOICE, None),
     r"observations have shape \(4, 4\)": (None, spaces.Box(0, 1, (4, 4))),
@@ -194,6 +200,15 @@ REFUSED_BY_DISCRETE = {
     "actions are 0 in number": (spaces.Discrete(0), None),
     r"images have shape \(2, 8, 3\)": (CHOICE, spaces.Box(0, 1, (2, 8, 3))),
 }
+REFUSED_BY_FACTORED = {
+    "actions are continuous": (BOX, None),
+    "actions are discrete": (CHOICE, None),
+    r"actions are of \[3, 0\] choices": (MultiDiscrete(3, 0), None),
+    r"actions have shape \(1, 2\)": (MultiDiscrete([3, 2]), None),
+    r"actions have shape \(0,\)": (MultiDiscrete(), None),
+    r"actions begin at \[0, 1\]": (MultiDiscrete(3, 2, start=[0, 1]), None),
+    r"observations have shape \(4, 4\)": (None, spaces.Box(0, 1, (4, 4))),
+}
 
 
 @every_algorithm
@@ -203,9 +218,12 @@ def test_other_spaces_are_refused_by_what_they_are(name):
         not compatibility.refusal(module, *envs.make(env_id)).startswith("actions are")
         for env_id in ("Pendulum-v1", "CartPole-v1")
     )
+    factored = not (continuous or discrete)
     own = {} if continuous and discrete else REFUSED_BY_CONTINUOUS if continuous else REFUSED_BY_DISCRETE
+    own = REFUSED_BY_FACTORED if factored else REFUSED_BUT_BY_FACTORED | own
+    taken = BOX if continuous else MultiDiscrete(2, 3) if factored else CHOICE
     for why, (action_space, observation_space) in {**REFUSED_BY_ALL, **own}.items():
-        env = Odd(action_space or (BOX if continuous else CHOICE), observation_space)
+        env = Odd(action_space or taken, observation_space)
         train = training.make_train(module.make_agent, module.Config(), env, ToyParams(), total_steps=60_000)
         with pytest.raises(UnsupportedEnvironment, match=f"--env-id is Odd, whose .*{why}.*; this algorithm") as error:
             jax.eval_shape(train, jax.random.key(0))
@@ -213,11 +231,16 @@ def test_other_spaces_are_refused_by_what_they_are(name):
         assert isinstance(error.value, ConfigurationError)
 
 
-@pytest.mark.parametrize("why", ["a dict", "a tuple", "several choices at once", "integers"])
+@pytest.mark.parametrize("why", ["a dict", "a tuple", "integers"])
 def test_only_floats_are_rescaled(why):
     action_space, _ = REFUSED_BY_ALL[f"actions are {why}"]
-    with pytest.raises(ValueError, match=f"actions of Odd are {why}, allowed: one choice .*, or floats"):
+    with pytest.raises(ValueError, match=f"actions of Odd are {why}, allowed: one choice .* or several .*, or floats"):
         envs.rescale_actions(Odd(action_space), ToyParams())
+
+
+def test_several_choices_at_once_stay_as_they_are():
+    env = Odd(MultiDiscrete(2, 3))
+    assert envs.rescale_actions(env, ToyParams()) is env
 
 
 # -- spaces and observations that are accepted ------------------------------------------------------------------------

@@ -179,7 +179,8 @@ def test_termination_stops_the_sum():
 
 
 def test_clones_share_state_and_first_action_with_the_prediction():
-    (predicted, _), returns, _ = distributions(erratic, WalkParams(), 0.0, horizon=1)
+    (predicted, _), returns, _, together = distributions(erratic, WalkParams(), 0.0, horizon=1)
+    assert together == ()  # no claim about a vector of rewards
     np.testing.assert_array_equal(predicted[:, 0], [0, 2, 4, 6])  # states after 0 to `spread` = 8 steps
     first_action = predicted[:, 2]
     assert len(np.unique(first_action)) == STATES
@@ -374,8 +375,8 @@ def test_the_agents_that_learn_a_mean():
     for name in agents():
         module, settings, env, env_params = at_home(name)
         agent = module.make_agent(module.Config(**settings), env, env_params)
-        if agent.claim is None:  # it remembers
-            assert name == "ppo_memory"
+        if agent.claim is None:  # it remembers, or has no critic
+            assert name in ("ppo_memory", "variance_reduced")
             continue
 
         def predict(key, agent=agent, env=env, env_params=env_params):
@@ -400,5 +401,10 @@ def test_the_agents_that_learn_a_mean():
         "props",
         "rnd",
         "drnd",
+        "log_dqn",
+        "iterated_dqn",
+        "decoupled_dqn",
+        "revalued",
+        "bootstrapped_dqn",
     }
-    assert len(found) == 25
+    assert len(found) == 33

@@ -134,7 +134,7 @@ def test_other_data_under_the_same_name_is_refused_at_a_resume(tmp_path):
 def test_policies_are_evaluated_exported_plotted_and_reported(kind, finished, tmp_path):
     folder, _ = finished[kind]
     find = lambda name, *_: KINDS[name]  # noqa: E731
-    seeds, returns = results.evaluate_run(folder, find, episodes=5, seed=0)
+    seeds, returns, _ = results.evaluate_run(folder, find, episodes=5, seed=0)
     assert (seeds.tolist(), returns.shape) == ([0, 1], (2, 5))
     assert np.isfinite(returns).all()
     run = results.load_run(folder, find, episodes=1)

@@ -207,7 +207,8 @@ def test_non_finite_metric_stops_the_run(tmp_path):
 
 
 def test_evaluate_a_saved_run(finished):
-    seeds, returns = results.evaluate_run(finished, cli.find_algorithm, episodes=4, seed=1)
+    seeds, returns, parts = results.evaluate_run(finished, cli.find_algorithm, episodes=4, seed=1)
+    assert parts == {}
     assert list(seeds) == [0, 1]
     assert returns.shape == (2, 4)
     again = results.evaluate_run(finished, cli.find_algorithm, episodes=4, seed=1)[1]

@@ -449,18 +449,18 @@ CASES = {
         {name: felt for name, felt in ON_POLICY_FEELS.items() if name not in ("clip_range", "adam_epsilon")}
         | dict.fromkeys(("rmsprop_decay", "rmsprop_epsilon"), feels("parameters", "interaction")),
         EPISODES + ON_POLICY_METRICS, DISCRETE, Learning("CartPole-v1", 200_000, 475),
-        replay=False, both=True, iterations=1500, dead=("adam_epsilon",),
+        replay=False, both=True, iterations=1500, dead=("adam_epsilon", "convolution"),
     ),
     "ppo": Case(
         ON_POLICY, ON_POLICY_QUIET, ON_POLICY_FEELS | {"target_kl": LATER},
         EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios updates_made", DISCRETE,
         Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300,
-        dead=("num_quantiles", "kappa", "risk"),  # of a critic of laws: see its own tests
+        dead=("num_quantiles", "kappa", "risk", "convolution"),  # of laws, and of images: see its own tests
     ),
     "ppo_memory": Case(
         ON_POLICY | {"num_envs": 8, "num_minibatches": 2, "num_steps": 12, "hidden": (16,), "memory_size": 16},
         ON_POLICY_QUIET, ON_POLICY_FEELS, EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios", DISCRETE,
-        Learning("MemoryChain-bsuite", 40_000, 0.9), replay=False, both=True, iterations=300,
+        Learning("MemoryChain-bsuite", 40_000, 0.9), replay=False, both=True, iterations=300, dead=("convolution",),
     ),
     # PPO's loss never reaches the IQN; its epsilon is that of both.
     "pg_rainbow": Case(
@@ -477,7 +477,7 @@ CASES = {
         },
         EPISODES + ON_POLICY_METRICS
         + "approximate_kl clipped_ratios quantile_loss quantile_gradient_norm quantile_value",
-        DISCRETE, None, replay=False, iterations=300, more_parts=with_quantiles,
+        DISCRETE, None, replay=False, iterations=300, more_parts=with_quantiles, dead=("convolution",),
     ),
     "variance_reduced": Case(
         {"num_envs": 16, "horizon": LIMIT, "hidden": (16, 16), "discount": DISCOUNT, "step_length": 0.3}, {},
@@ -497,25 +497,26 @@ CASES = {
             ("behaviour_learning_rate", "behaviour_clip_range", "behaviour_kl_bound", "kl_weight"), feels("behaviour"),
         ),
         EPISODES + ON_POLICY_METRICS + "approximate_kl clipped_ratios behaviour_kl behaviour_updates", DISCRETE,
-        Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300, dead=("ros_learning_rate",),
+        Learning("CartPole-v1", 100_000, 400), replay=False, both=True, iterations=300,
+        dead=("ros_learning_rate", "convolution"),
         more_parts=lambda state, parts: parts | {"behaviour": state.behaviour},
     ),
     "rnd": Case(
         ON_POLICY | DISTILLED, ON_POLICY_QUIET | {"intrinsic_weight": 0.0}, ON_POLICY_FEELS | DISTILLED_FEELS,
         EPISODES + ON_POLICY_METRICS + DISTILLED_METRICS, DISCRETE, Learning("DeepSea-bsuite", 50_000, 0.9),
-        replay=False, both=True, iterations=300,
+        replay=False, both=True, iterations=300, dead=("convolution",),
     ),
     "drnd": Case(
         ON_POLICY | DISTILLED | {"num_targets": 3, "distance_weight": 0.6}, ON_POLICY_QUIET | {"intrinsic_weight": 0.0},
         ON_POLICY_FEELS | DISTILLED_FEELS | {"distance_weight": feels("parameters", "interaction")},
         EPISODES + ON_POLICY_METRICS + DISTILLED_METRICS, DISCRETE, Learning("DeepSea-bsuite", 50_000, 0.9),
-        replay=False, both=True, iterations=300,
+        replay=False, both=True, iterations=300, dead=("convolution",),
     ),
     "plr": Case(
         ON_POLICY | {"num_levels": 16, "robust": False}, ON_POLICY_QUIET,
         ON_POLICY_FEELS | dict.fromkeys(("replay_probability", "minimum_fill", "temperature", "staleness"), LATER),
         EPISODES + ON_POLICY_METRICS + "replays levels score", LEVELS, Learning("maze", 300_000, 0.7),
-        replay=False, both=True, iterations=300,
+        replay=False, both=True, iterations=300, dead=("convolution",),
     ),
     "bc": Case(
         OFFLINE | {"learning_rate": 3e-3}, {}, {"learning_rate": only("parameters")},

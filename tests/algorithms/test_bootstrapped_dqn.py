@@ -276,16 +276,7 @@ def solved(algorithm, seeds: int, steps: int, proof, **settings) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_it_dives_where_one_network_does_not(proof):
+def test_it_dives(proof):
     preset = problem.split_preset(bootstrapped_dqn.PRESETS["DeepSea-bsuite"])[1]
     returns = solved(bootstrapped_dqn, 3, 3_000, proof, **preset)
     assert (returns > 0.9).all(), returns
-
-
-@pytest.mark.slow
-def test_dqn_does_not_dive(proof):
-    """The same network and updates, and exploration by epsilon: it learns that the way costs."""
-    preset = problem.split_preset(bootstrapped_dqn.PRESETS["DeepSea-bsuite"])[1]
-    del preset["num_members"]
-    returns = solved(dqn, 3, 3_000, proof, **preset, double=True, exploration_steps=1_000)
-    assert np.median(returns) < 0.1, returns

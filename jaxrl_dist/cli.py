@@ -358,24 +358,27 @@ def _list(console: Console) -> None:
 
 
 def _support(environments: Mapping[str, Sequence[str]]) -> Table:
-    """What accepts what; environments of a family with the same answers share a row, algorithms a column."""
+    """What accepts what: algorithms with the same answers share a row for each of them, with its environments."""
     from jaxrl_dist.running import compatibility
 
     trained = agents()
     refusals = {
-        (family, env_id): row for family, ids in environments.items()
-        for env_id, row in compatibility.refusals(trained, ids).items()
-    }  # fmt: skip
-    columns: dict[tuple[str, ...], list[str]] = {}
+        env_id: row for ids in environments.values() for env_id, row in compatibility.refusals(trained, ids).items()
+    }
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name in trained:
-        columns.setdefault(tuple(row[name] for row in refusals.values()), []).append(name)
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for (family, env_id), row in refusals.items():
-        rows.setdefault((family, *(row[names[0]] for names in columns.values())), []).append(env_id)
-    whole_names = Column("environments", width=1 + max(len(env_id) for _, env_id in refusals))
-    table = Table(whole_names, *map(", ".join, columns.values()), title="what trains on what")
-    for (_, *why), ids in rows.items():
-        table.add_row(", ".join(ids), *(f"no: {reason}" if reason else "yes" for reason in why), end_section=True)
+        groups.setdefault(tuple(row[name] for row in refusals.values()), []).append(name)
+    # Narrow ones, so that on 80 characters no name of an environment is broken.
+    narrow = Column("algorithms", width=max(map(len, trained))), Column("trains", width=13)
+    table = Table(*narrow, "environments", title="what trains on what")
+    for answers, group in groups.items():
+        ids_of: dict[str, list[str]] = {}
+        for env_id, why in zip(refusals, answers, strict=True):
+            ids_of.setdefault(why, []).append(env_id)
+        for why in sorted(ids_of):  # "" first
+            of_group = ", ".join(group) if why == min(ids_of) else ""
+            answer = f"no: {why}" if why else "yes"
+            table.add_row(of_group, answer, ", ".join(ids_of[why]), end_section=why == max(ids_of))
     return table
 
 

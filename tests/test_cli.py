@@ -347,6 +347,7 @@ def test_list_and_doctor():
     assert listed.returncode == 0, listed.stderr
     for word in (*ALGORITHMS, "actor_critic", "Pendulum-v1", "brax/hopper", "probe", "yes", "no: actions"):
         assert word in listed.stdout
+    assert "velocity_free/MountainCarContinuous-v0" in listed.stdout  # no name is broken on 80 characters
     doctor = run("-m", "jaxrl_dist", "doctor")
     assert "jax" in doctor.stdout
 

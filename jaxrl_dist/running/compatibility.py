@@ -13,8 +13,8 @@ from jaxrl_dist.running.problem import takes_data
 def refusals(algorithms: Mapping[str, Any], env_ids: Sequence[str]) -> dict[str, dict[str, str]]:
     """{environment: {algorithm: why it does not accept the environment, "" where it does}}.
 
-    `algorithms`: modules by name. Nothing is traced, and brax's models, which take half a minute to load, are not: all
-    of its environments have vectors of numbers in and out.
+    `algorithms`: modules by name. Nothing is traced but a step, for algorithms that ask what comes with rewards. Brax's
+    models, which take half a minute to load, are not looked at: all of them have vectors of numbers in and out.
     """
     from jaxrl_dist import envs  # the toolkit knows the environments by name only
 

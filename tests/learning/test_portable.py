@@ -142,7 +142,7 @@ def test_every_algorithm_has_a_program_and_a_file(name, tmp_path):
     else:
         actions = np.asarray(program.call(observations))
         # Of several networks there is no file for numpy either.
-        assert (agent.export is None) == (name in ("ensemble_c51", "bootstrapped_dqn"))
+        assert (agent.export is None) == (name in ("ensemble_c51", "bootstrapped_dqn", "log_dqn"))
         if agent.export:
             portable.save_policy(tmp_path / "p.npz", agent.export(state), *bounds)
             saved = portable.load_policy(tmp_path / "p.npz")(observations)

@@ -93,8 +93,8 @@ class Config(clipped.Settings):
     norm:NUMBER or mean-variance:WEIGHT"""
 
 
-# MinAtar's games: purejaxrl's sizes. With the convolution an update takes six times as long and is worth no more, and
-# tanh saturates at this step size: on Breakout 11 instead of 20 after 500,000 steps (3 seeds).
+# MinAtar's games: purejaxrl's sizes. With the convolution an update takes six times as long; what it is worth at this
+# step size was not measured. tanh saturates there: on Breakout 11 instead of 20 after 500,000 steps (3 seeds).
 MINATAR = {
     "total_steps": 10_000_000, "num_envs": 64, "num_minibatches": 8, "learning_rate": 5e-3,
     "annealing_steps": 10_000_000, "activation": "relu", "convolution": False,

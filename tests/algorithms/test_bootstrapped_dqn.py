@@ -261,22 +261,18 @@ def test_the_last_row_of_the_sea_is_an_end():
     assert interaction.transition_like(env, params).observation.shape == (4, 4)
 
 
-def solved(algorithm, seeds: int, steps: int, proof, **settings) -> np.ndarray:
-    """Returns on the 10 x 10 sea of the last three of ten evaluations, `[seeds, 3]`."""
-    env, params = envs.make("DeepSea-bsuite", size=10)
-    config = algorithm.Config(**settings)
-    train = jax.vmap(
-        training.make_train(
-            algorithm.make_agent, config, env, params, total_steps=steps, evaluations=10, eval_episodes=1
-        )
-    )
-    keys = jax.random.split(jax.random.key(0), seeds)
-    proof(proofs.program(train, keys))
-    return np.asarray(jax.jit(train)(keys)[1]["evaluation_return"]).mean(-1)[:, -3:]
-
-
 @pytest.mark.slow
 def test_it_dives(proof):
+    """On the 10 x 10 sea, in the last three of ten evaluations of every seed."""
     preset = problem.split_preset(bootstrapped_dqn.PRESETS["DeepSea-bsuite"])[1]
-    returns = solved(bootstrapped_dqn, 3, 3_000, proof, **preset)
+    env, params = envs.make("DeepSea-bsuite", size=10)
+    train = jax.vmap(
+        training.make_train(
+            bootstrapped_dqn.make_agent, bootstrapped_dqn.Config(**preset), env, params, total_steps=3_000,
+            evaluations=10, eval_episodes=1,
+        )
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), 3)
+    proof(proofs.program(train, keys))
+    returns = np.asarray(jax.jit(train)(keys)[1]["evaluation_return"]).mean(-1)[:, -3:]
     assert (returns > 0.9).all(), returns

@@ -58,6 +58,11 @@ MINATAR = {
         "pqn": {"exploration_steps": 300_000, "annealing_steps": 3_000_000},
     },
 }  # fmt: skip
+# Sizes for a CPU: rollouts of 4,096 steps in 64 minibatches of 256 (4 epochs); brax's own discounts and bonuses.
+RUNNERS = {
+    "num_envs": 64, "num_steps": 64, "num_epochs": 4, "num_minibatches": 16, "hidden": (64, 64),
+    "learning_rate": 3e-4, "annealing_steps": 5_000_000,
+}  # fmt: skip
 SETTINGS = {
     "Pendulum-v1": {"total_steps": 15_000, "algorithms": ACTOR_CRITIC},
     "CartPole-v1": {"total_steps": 500_000, "algorithms": VALUE_BASED},
@@ -82,6 +87,9 @@ SETTINGS = {
         "total_steps": 300_000,
         "algorithms": {"ppo": {"num_envs": 8, "learning_rate": 1e-3}, "ppo_memory": {}},
     },
+    "on-policy/brax/hopper": {"total_steps": 5_000_000, "algorithms": {"ppo": RUNNERS}},
+    "on-policy/brax/halfcheetah": {"total_steps": 5_000_000, "algorithms": {"ppo": RUNNERS}},
+    "on-policy/brax/ant": {"total_steps": 5_000_000, "algorithms": {"ppo": RUNNERS}},
     "on-policy/Breakout-MinAtar": MINATAR,
     "on-policy/Asterix-MinAtar": MINATAR,
     "on-policy/SpaceInvaders-MinAtar": MINATAR,

@@ -1,6 +1,6 @@
-# make train, make test (or test-fast, test-all), make lint (or format), make bench, make notebook: each first sets up
-# .venv, from nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions that are
-# allowed.
+# make train, make test (or test-fast, test-all), make lint (or format), make bench, make notebook, make docs: each first
+# sets up .venv, from nothing but Python 3.11 or newer. make lowest, make newest: try the oldest and the newest versions
+# that are allowed.
 #
 #   make train ARGS="--env-id brax/hopper --total-steps 100000"    what to train (any option of the script)
 #   make train EXTRAS=dev,cuda                                     with JAX for an NVIDIA GPU
@@ -17,7 +17,7 @@ PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRAS)
 
-.PHONY: help setup train test test-all test-fast lint format bench notebook lowest newest
+.PHONY: help setup train test test-all test-fast lint format bench notebook docs lowest newest
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -58,6 +58,14 @@ bench: $(READY)
 
 notebook: $(READY)
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+# The site, in site/: open site/index.html.
+docs: .venv/.ready-docs
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict
+
+.venv/.ready-docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
 
 lowest newest: $(READY)
 	$(BIN)/python scripts/try_versions.py $@ --python $(PYTHON) $(ARGS)

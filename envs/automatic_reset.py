@@ -10,13 +10,33 @@ of a bool per step; no state moves between devices.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from gymnax.environments import environment
 from jax.custom_batching import custom_vmap
 
 LANES_PER_TURN = 16  # below about this many environments a reset costs the same on CPU, however few there are
+
+
+class ResetWhereEnded(environment.Environment):
+    """An environment of gymnax's (`reset_env`, `step_env`), whose `step` resets only where an episode ended."""
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(
+        self, key: jax.Array, state: Any, action: jax.Array, params: Any = None
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
+        """gymnax's step: same keys, same flags."""
+        params = self.default_params if params is None else params
+        key_step, key_reset = jax.random.split(key)
+        final_observation, state, reward, terminated, info = self.step_env(key_step, state, action, params)
+        truncated = self.is_truncated(state, params)
+        ended = terminated | truncated
+        observation, state = reset_where(self.reset_env, ended, key_reset, params, final_observation, state)
+        info |= {"terminated": terminated, "truncated": truncated, "final_observation": final_observation}
+        return observation, state, reward, terminated, truncated, info
 
 
 def reset_where(

@@ -23,7 +23,6 @@ Random actions fall over after about a hundred steps; longer episodes cost less.
 import contextlib
 import io
 import types
-from functools import partial
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ import numpy as np
 from flax import struct
 from gymnax.environments import environment, spaces
 
-from jaxrl_dist.envs.automatic_reset import reset_where
+from jaxrl_dist.envs.automatic_reset import ResetWhereEnded
 
 
 @contextlib.contextmanager
@@ -68,7 +67,7 @@ class BraxParams(environment.EnvParams):
     max_steps_in_episode: int = 1000  # brax's own default for every environment
 
 
-class Brax(environment.Environment[BraxState, BraxParams]):
+class Brax(ResetWhereEnded):
     """A bare brax environment (anything that fulfils `brax.envs.Env`) as a gymnax one."""
 
     def __init__(self, env: brax_envs.Env, name: str) -> None:
@@ -113,17 +112,3 @@ class Brax(environment.Environment[BraxState, BraxParams]):
         terminated = successor.done > 0
         info = {"metrics": successor.metrics}
         return successor.obs, BraxState(time=state.time + 1, brax=successor), successor.reward, terminated, info
-
-    @partial(jax.jit, static_argnames=("self",))
-    def step(
-        self, key: jax.Array, state: BraxState, action: jax.Array, params: BraxParams | None = None
-    ) -> tuple[jax.Array, BraxState, jax.Array, jax.Array, jax.Array, dict[str, Any]]:
-        """gymnax's step (same keys, same flags), with the reset computed only where an episode ended."""
-        params = self.default_params if params is None else params
-        key_step, key_reset = jax.random.split(key)
-        final_observation, state, reward, terminated, info = self.step_env(key_step, state, action, params)
-        truncated = self.is_truncated(state, params)
-        ended = terminated | truncated
-        observation, state = reset_where(self.reset_env, ended, key_reset, params, final_observation, state)
-        info |= {"terminated": terminated, "truncated": truncated, "final_observation": final_observation}
-        return observation, state, reward, terminated, truncated, info

@@ -139,6 +139,35 @@ class Bridge(environment.Environment[BridgeState, BridgeParams]):
     def is_terminated(self, state: BridgeState, params: BridgeParams) -> jax.Array:
         return state.fallen | (state.time >= self.length)
 
+    def picture(self, state: BridgeState, params: BridgeParams) -> np.ndarray:
+        """From above: rock wall, lanes (redder where more walkers slip), canyon, and the walker, for `rendering`."""
+        from jaxrl_dist.records.canvas import Canvas, mix
+        from jaxrl_dist.records.plotting import COLOURS, FAINT, GRID, INK
+
+        lanes, end = check_params(params), self.length + 0.5
+        canvas = Canvas((-0.5, end + 1), (lanes, -1.0), height=46 * (lanes + 1.5))
+        canvas.rectangle((-0.5, end + 1), (-1.0, -0.5), "#A8A29E")
+        canvas.rectangle((-0.5, end + 1), (lanes - 0.5, lanes), "#1E293B")
+        canvas.text((end / 2, -0.75), "rock wall", INK)
+        canvas.text((end / 2, lanes - 0.25), "canyon", "white")
+        slips = np.asarray(params.slips, float)
+        for lane, slip in enumerate(slips):
+            shade = mix("#EF4444", "#FFFFFF", 0.5 * slip / max(slips.max(), 1e-9))
+            canvas.rectangle((0.5, end), (lane - 0.5, lane + 0.5), shade)
+            note = f"cost {float(params.step_costs[lane]):g}, slips {100 * slip:g} %"
+            canvas.text((end - 0.1, lane - 0.45), note, FAINT, size=8, anchor="rt")
+            if lane:
+                canvas.dashes((0.5, lane - 0.5), (end, lane - 0.5), FAINT)
+        for left, label in ((-0.5, "start"), (end, "goal")):
+            canvas.rectangle((left, left + 1), (-0.5, lanes - 0.5), GRID)
+            canvas.text((left + 0.5, -0.45), label, INK, size=9, anchor="mt")
+        at = float(state.time), float(state.lane)
+        if bool(state.fallen):
+            canvas.dashes(at, (at[0], lanes - 0.25), COLOURS[1], 2)
+            at = at[0], lanes - 0.25
+        canvas.disc(at, 0.2, COLOURS[1] if bool(state.fallen) else COLOURS[0], outline="white")
+        return canvas.array()
+
     def action_space(self, params: BridgeParams | None = None) -> spaces.Discrete:
         return spaces.Discrete(len(SIDEWAYS))
 

@@ -98,7 +98,8 @@ def _types(env: Any, params: Any, warnings: list[str]) -> Iterator[str]:
         yield "info has no 'final_observation' (the true successor, before the automatic reset)"
     else:
         yield from _same_type("observation", observation, "info['final_observation']", info["final_observation"], [])
-    shapes = {"rewards": (1, "a vector of floating-point numbers"), "cost": (0, "one floating-point number")}
+    number = 0, "one floating-point number"
+    shapes = {"rewards": (1, "a vector of floating-point numbers"), "cost": number, "unchanged_reward": number}
     for name in EXTRAS:
         if isinstance(info, dict) and name in info:
             (dimensions, allowed), leaf = shapes[name], info[name]

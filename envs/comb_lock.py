@@ -98,6 +98,16 @@ class CombLock(environment.Environment[CombLockState, CombLockParams]):
     def is_terminated(self, state: CombLockState, params: CombLockParams) -> jax.Array:
         return state.time >= self.horizon
 
+    def picture(self, state: CombLockState, params: CombLockParams) -> np.ndarray:
+        """The steps in a row, and whether the lock is still good, which the agent does not see well; `rendering`."""
+        from jaxrl_dist.envs.drawings import beads
+        from jaxrl_dist.records.plotting import COLOURS
+
+        good = int(state.latent) == 0
+        canvas = beads(self.horizon + 1, int(state.time))
+        canvas.text((0, 0.85), "good" if good else "spoilt", COLOURS[2] if good else COLOURS[1], anchor="lm", bold=True)
+        return canvas.array()
+
     def action_space(self, params: CombLockParams | None = None) -> spaces.Discrete:
         return spaces.Discrete(ACTIONS)
 

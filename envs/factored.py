@@ -122,6 +122,19 @@ class FactoredMDP(environment.Environment[FactoredState, FactoredParams]):
     def is_terminated(self, state: FactoredState, params: FactoredParams) -> jax.Array:
         return state.ended
 
+    def picture(self, state: FactoredState, params: FactoredParams) -> np.ndarray:
+        """A column of states for each factor, with the present one filled, for `rendering`."""
+        from jaxrl_dist.records.canvas import Board
+        from jaxrl_dist.records.plotting import COLOURS, INK
+
+        board = Board(self.states, self.factors, tallest=130)
+        for factor, place in enumerate(np.asarray(state.places)):
+            for row in range(self.states):
+                board.cell(row, factor, COLOURS[0] if row == place else "#F3F4F6", gap=0.06)
+                words = f"{int(self.right(row))} is right"
+                board.text((factor, row), words, "white" if row == place else INK, size=min(8, 44 / self.factors))
+        return board.array()
+
     def action_space(self, params: FactoredParams | None = None) -> MultiDiscrete:
         return MultiDiscrete((self.bins,) * self.factors)
 

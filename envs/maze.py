@@ -146,6 +146,27 @@ class Maze(environment.Environment[MazeState, MazeParams]):
     def observation_space(self, params: MazeParams | None = None) -> spaces.Box:
         return spaces.Box(0.0, 1.0, (2 * self.view**2 + 4 + self.shows_time,))
 
+    def picture(self, state: MazeState, params: MazeParams) -> np.ndarray:
+        """The maze from above with the goal, and the agent as an arrow whose view is tinted, for `rendering`."""
+        from jaxrl_dist.records.canvas import Board
+        from jaxrl_dist.records.plotting import COLOURS
+
+        walls, goal = np.asarray(state.level.walls), np.asarray(state.level.goal)
+        at, direction = np.asarray(state.position, float), int(state.direction)
+        ahead, right = (STEPS[turn % 4].astype(float) for turn in (direction, direction + 1))
+        board = Board(self.size, self.size, tallest=190)
+        for y, x in np.ndindex(*walls.shape):
+            away = np.array([x, y]) - at
+            seen = 0 <= away @ ahead < self.view and abs(away @ right) <= self.view // 2
+            free, wall = ("#DBEAFE", "#374151") if seen else ("#F3F4F6", "#6B7280")
+            board.cell(y, x, wall if walls[y, x] else free, gap=0.02)
+        board.cell(goal[1], goal[0], COLOURS[2], gap=0.1)
+        if bool(state.arrived):  # the step onto the goal is not taken, and ends
+            at = goal.astype(float)
+        corners = at + 0.36 * ahead, at - 0.3 * ahead + 0.28 * right, at - 0.12 * ahead, at - 0.3 * ahead - 0.28 * right
+        board.polygon(corners, COLOURS[0])
+        return board.array()
+
     def _is_wall(self, level: Level, cell: jax.Array) -> jax.Array:
         """Whether cells (x, y) `[..., 2]` are walls or outside, `[...]`."""
         outside = ((cell < 0) | (cell >= self.size)).any(-1)

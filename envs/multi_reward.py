@@ -94,6 +94,25 @@ class MultiReward(Tabular):
     def observation_space(self, params: MultiRewardParams | None = None) -> spaces.Box:
         return spaces.Box(0.0, 1.0, self.images.shape[1:])
 
+    def picture(self, state: TabularState, params: MultiRewardParams) -> np.ndarray:
+        """A maze as it is seen, closed cells dark and a colour for each component's patches, for `rendering`."""
+        if self.images.ndim < 4:
+            return super().picture(state, params)
+        from jaxrl_dist.records.canvas import Board
+        from jaxrl_dist.records.plotting import COLOURS, FAINT, INK
+
+        image = self.images[int(state.state)]
+        board = Board(*image.shape[:2], tallest=180)
+        for row, column in np.ndindex(*image.shape[:2]):
+            board.cell(row, column, FAINT if image[row, column, 1] else "#F3F4F6", gap=0.03)
+        for row, column, kind in np.argwhere(image[..., 2:] > 0):
+            board.disc((column, row), 0.2, (COLOURS[4], COLOURS[2], COLOURS[3], COLOURS[5])[kind % 4])
+        row, column = np.argwhere(image[..., 0] > 0)[0]
+        if bool(state.ended):
+            board.disc((column, row), 0.42, None, outline=INK, line=2)
+        board.disc((column, row), 0.28, COLOURS[0], outline="white")
+        return board.array()
+
 
 def _arrays(table: Sequence[Sequence[Sequence[Outcome]]]) -> tuple[MDP, np.ndarray]:
     """The process of the summed rewards, and the rewards `[states, actions, outcomes, rewards]`."""

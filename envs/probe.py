@@ -103,6 +103,15 @@ class Probe(environment.Environment[ProbeState, ProbeParams]):
         length = jnp.where(_is_one_of(params.case, DISCOUNTING), 2, 1)
         return ~_is_one_of(params.case, TIME_LIMIT, FINAL_OBSERVATION) & (state.time >= length)
 
+    def picture(self, state: ProbeState, params: ProbeParams) -> Any:
+        """The case, its steps in a row and the sign that it drew, for `rendering`."""
+        from jaxrl_dist.envs.drawings import beads
+
+        canvas = beads(int(params.max_steps_in_episode) + 1, int(state.time))
+        sign = "+1" if float(state.sign) > 0 else "\N{MINUS SIGN}1"
+        canvas.text((0, 0.85), f"{CASES[int(params.case)]}, sign {sign}", anchor="lm", size=9)
+        return canvas.array()
+
     def action_space(self, params: ProbeParams | None = None) -> spaces.Box | spaces.Discrete:
         return spaces.Discrete(self.discrete_actions) if self.discrete_actions else spaces.Box(-1.0, 1.0, (1,))
 

@@ -18,6 +18,8 @@ from jaxrl_dist.envs.bridge import Bridge, check_params
 from jaxrl_dist.envs.check import NEEDED, EnvironmentCheckError, check_env
 from jaxrl_dist.envs.comb_lock import CombLock
 from jaxrl_dist.envs.factored import FactoredMDP, discretise_actions
+from jaxrl_dist.envs.gym_wrappers import OPTIONS as AROUND
+from jaxrl_dist.envs.gym_wrappers import flat_observations, wrapped
 from jaxrl_dist.envs.maze import Maze
 from jaxrl_dist.envs.multi_reward import GENERATORS as WITH_REWARDS
 from jaxrl_dist.envs.one_hot import one_hot_observations
@@ -26,14 +28,18 @@ from jaxrl_dist.envs.rescaling import rescale_actions
 from jaxrl_dist.envs.stock import GENERATORS as WITH_STOCK
 from jaxrl_dist.envs.stock import StockAugmented
 from jaxrl_dist.envs.tabular import GENERATORS
+from jaxrl_dist.envs.tokens import GENERATORS as OF_TOKENS
 from jaxrl_dist.envs.velocity_free import POSITIONS, velocity_free
 
 # What may stand before other ids.
 PREFIXES = ("stock/", "discretised/")
 
+# Families of other packages, whose names only they know (`packages.py`).
+PACKAGES = ("craftax/", "jumanji/", "navix/", "playground/")
+
 _CHECKED: set[tuple[str, str]] = set()
 
-FINITE = {**GENERATORS, **WITH_STOCK, **WITH_REWARDS}
+FINITE = {**GENERATORS, **WITH_STOCK, **WITH_REWARDS, **OF_TOKENS}
 
 # Environments that cannot run, and why: `available` leaves them out, `make` says so.
 UNAVAILABLE = {
@@ -62,12 +68,19 @@ BRAX_DEFAULT_BACKEND = {
     "walker2d": "spring",
 }
 
+# Gymnasium's MuJoCo tasks, whose module is imported only where one is asked for (`gym_mujoco.py`).
+MUJOCO = (
+    "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5", "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
+)  # fmt: skip
+
 
 def available() -> dict[str, list[str]]:
     """Every id that `make` accepts, by family. Left out: MNISTBandit-bsuite (downloads at start), see `UNAVAILABLE`."""
     families = {
         "gymnax": list(registered_envs),
         "brax": [f"brax/{name}" for name in BRAX_DEFAULT_BACKEND],
+        "mujoco": [f"mujoco/{name}" for name in MUJOCO],
         "probe": ["probe"],
         "bridge": ["bridge"],
         "comb_lock": ["comb_lock"],
@@ -75,6 +88,7 @@ def available() -> dict[str, list[str]]:
         "maze": ["maze"],
         "multi_reward": [*WITH_REWARDS],
         "tabular": [*GENERATORS, *WITH_STOCK],
+        "token": [*OF_TOKENS],
         "velocity_free": [f"velocity_free/{name}" for name in POSITIONS],
         # Examples: `stock/` may stand before every id whose observations are vectors.
         "stock": [f"stock/{name}" for name in (*WITH_STOCK, "bridge", "CartPole-v1")],
@@ -87,20 +101,22 @@ def available() -> dict[str, list[str]]:
 def make(env_id: str, **options: Any) -> tuple[Any, Any]:
     """The environment and its parameters, `(env, env_params)`.
 
-    Besides the names of `available`, `module:name` and `path/file.py:name` name a class, an instance, or a function
-    that makes one, alone or with its parameters; what it is goes through `check_env` first. Continuous actions are
-    rescaled to Box(-1, 1), and cut into bins where `discretised/` stands before the name; observations that are the
-    number of a state become one-hot vectors.
+    Besides the names of `available`, `craftax/NAME`, `navix/NAME`, `jumanji/NAME` and `playground/NAME` name
+    environments of those packages, where they are installed (`packages.py`); `module:name` and `path/file.py:name` name
+    a class, an instance, or a function that makes one, alone or with its parameters, and what it is goes through
+    `check_env` first. Continuous actions are rescaled to Box(-1, 1), and cut into bins where `discretised/` stands
+    before the name; observations that are the number of a state become one-hot vectors, and tuples and dicts vectors.
 
-    An option is an argument of the environment's constructor (`size=16`; for brax also `backend`), or a field of its
-    parameters (`max_steps_in_episode=100`, `max_torque=1.0`; for the probe also `case="discounting"`). A value may be
+    An option is an argument of the environment's constructor (`size=16`; for brax also `backend`), a field of its
+    parameters (`max_steps_in_episode=100`, `max_torque=1.0`; for the probe also `case="discounting"`), or one of
+    `gym_wrappers.OPTIONS` (`frame_stack=4`), which every environment has. A value may be
     a string, as a command line gives it, which is read as a Python literal where the option is not itself text.
     Raises ValueError for an unknown id, option or backend, or a value of the wrong type, naming what is allowed.
     """
     if env_id in UNAVAILABLE:
         raise ValueError(f"environment {env_id!r} is not available: {UNAVAILABLE[env_id]}")
     known = [i for ids in available().values() for i in ids]
-    if not outside.is_outside(env_id) and env_id not in known and not env_id.startswith(PREFIXES):
+    if not outside.is_outside(env_id) and env_id not in known and not env_id.startswith((*PREFIXES, *PACKAGES)):
         raise ValueError(f"environment {env_id!r} is unknown, {_nearest(env_id, known)}")
 
     if outside.is_outside(env_id):
@@ -135,12 +151,24 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         def construct(**chosen: Any) -> tuple[Any, Any]:
             return discretise_actions(*inner, **chosen), inner[1]
 
+    elif env_id.startswith(PACKAGES):
+        from jaxrl_dist.envs import packages  # here, and there the package, which may be missing
+
+        # Which options it takes only the package knows; text goes as it is read.
+        theirs = {k: v for k, v in options.items() if k not in (*AROUND, "max_steps_in_episode")}
+        construct, arguments = partial(packages.make, env_id), dict.fromkeys(theirs)
+    elif env_id.startswith("mujoco/"):
+        from jaxrl_dist.envs import gym_mujoco  # here, so that others never import MuJoCo
+
+        construct = gym_mujoco.TASKS[env_id.removeprefix("mujoco/")]
+        arguments = _arguments(construct)
     elif env_id.startswith("brax/"):
         construct, arguments = _brax(env_id.removeprefix("brax/"), options.get("backend"))
     else:
         construct, arguments = partial(gymnax.make, env_id), _arguments(type(gymnax.make(env_id)[0]))
     chosen = {k: _read(k, v, arguments[k]) for k, v in options.items() if k in arguments}
     made = construct(**chosen)
+    around = {} if env_id.startswith(PREFIXES) else {k: v for k, v in AROUND.items() if k not in arguments}
     # The parameters come second, since they may depend on the constructor (DeepSea's time limit is its size).
     env, params = made if isinstance(made, tuple) else (made, made.default_params)
     fields = (
@@ -149,8 +177,8 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         else {}
     )
     for name in options:
-        if name not in arguments and name not in fields:
-            allowed = ", ".join([*arguments, *fields])
+        if name not in arguments and name not in fields and name not in around:
+            allowed = ", ".join(dict.fromkeys([*arguments, *fields, *around]))
             raise ValueError(f"option {name!r} of environment {env_id!r} is unknown, allowed: {allowed}")
     if changed := {k: _read(k, v, fields[k]) for k, v in options.items() if k in fields}:
         params = dataclasses.replace(params, **changed)
@@ -158,7 +186,9 @@ def make(env_id: str, **options: Any) -> tuple[Any, Any]:
         raise ValueError(f"max_steps_in_episode is {params.max_steps_in_episode}, allowed: 1 and above")
     if env_id == "bridge":
         check_params(params)
-    env = rescale_actions(one_hot_observations(env, params), params)
+    env = rescale_actions(one_hot_observations(flat_observations(env, params), params), params)
+    around = {k: _read(k, options[k], v) for k, v in around.items() if k in options and k not in fields}
+    env = wrapped(env, params, **around)
     if outside.is_outside(env_id):
         _check_once(env_id, repr(sorted(options.items())), env, params)
     return env, params

@@ -227,7 +227,8 @@ def shortcut(rows: Sequence[str] = SHORTCUT, chance: float = 0.1, penalty: float
         return [(1.0, number[cell if mark == "#" or ended else following], -1.0, ended)]
 
     table = [[outcomes(cell, move) for move in MOVES.values()] for cell in cells]
-    return Tabular(mdp_from_outcomes(table), start, cells, "shortcut")
+    marks = {cell: {"#": "wall", "G": "goal", "!": "danger"}[mark] for cell, mark in text.items() if mark in "#G!"}
+    return Tabular(mdp_from_outcomes(table), start, cells, "shortcut", marks=marks)
 
 
 GENERATORS: Mapping[str, Callable[..., Tabular]] = {"gamble": gamble, "shortcut": shortcut}

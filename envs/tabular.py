@@ -52,15 +52,24 @@ class Tabular(environment.Environment[TabularState, TabularParams]):
     """A finite Markov decision process; see the module's text. Observations are `[states]`, 1 at the present state."""
 
     def __init__(
-        self, mdp: MDP, start: np.ndarray, places: np.ndarray, name: str, max_steps_in_episode: int = 100
+        self,
+        mdp: MDP,
+        start: np.ndarray,
+        places: np.ndarray,
+        name: str,
+        max_steps_in_episode: int = 100,
+        marks: Mapping[tuple[int, int], str] | None = None,
     ) -> None:
-        """start: probabilities `[states]`; places: where `draw` puts the states, `[states, 2]`, rows going down."""
+        """start: probabilities `[states]`; places: where `draw` puts the states, `[states, 2]`, rows going down.
+
+        marks: of a grid, the places that `picture` marks as "goal", "danger" or "wall", with a state or without one.
+        """
         super().__init__()
         self._params = TabularParams(
             mdp=jax.tree.map(jnp.asarray, mdp), start=jnp.asarray(start, jnp.float32),
             max_steps_in_episode=max_steps_in_episode,
         )  # fmt: skip
-        self._name, self.places = name, np.asarray(places, float)
+        self._name, self.places, self.marks = name, np.asarray(places, float), dict(marks or {})
         self.num_states, self._num_actions = np.shape(mdp.probability)[:2]
 
     @property
@@ -94,6 +103,45 @@ class Tabular(environment.Environment[TabularState, TabularParams]):
 
     def is_terminated(self, state: TabularState, params: TabularParams) -> jax.Array:
         return state.ended
+
+    def picture(self, state: TabularState, params: TabularParams) -> np.ndarray:
+        """The states where `places` puts them, as cells where some are marked, for `rendering`; a ring: it ended."""
+        from jaxrl_dist.records.canvas import Canvas
+        from jaxrl_dist.records.plotting import COLOURS, FAINT, GRID, INK
+
+        if self.num_states == 1:
+            canvas = Canvas((-1, 1), (0, 1), height=70)
+            canvas.disc((0, 0.6), 0.12, COLOURS[0])
+            canvas.text((0, 0.12), f"the only state, step {int(state.time)}", FAINT)
+            return canvas.array()
+        places, marks = self.places, self.marks
+        corners = np.array([*places, *marks])
+        low, high = corners.min(0) - 0.6, corners.max(0) + 0.6
+        if high[0] - low[0] < 1.5:  # a row has room above and below
+            low[0], high[0] = low[0] - 0.3, high[0] + 0.3
+        width = min(320.0, 220 * (high[1] - low[1]) / (high[0] - low[0]))
+        canvas = Canvas((low[1], high[1]), (high[0], low[0]), width=width)
+        if marks:
+            colours = {"goal": COLOURS[2], "danger": "#FCA5A5", "wall": FAINT}
+            for at, colour in [(place, "#F3F4F6") for place in places] + [(at, colours[k]) for at, k in marks.items()]:
+                canvas.rectangle((at[1] - 0.47, at[1] + 0.47), (at[0] - 0.47, at[0] + 0.47), colour, round_by=2)
+        else:
+            mdp = jax.tree.map(np.asarray, params.mdp)
+            for one, action, outcome in np.argwhere((mdp.probability > 0) & ~mdp.terminated):
+                away = places[mdp.next_state[one, action, outcome]] - places[one]
+                if away.any():
+                    gap = 0.3 * away / np.linalg.norm(away)
+                    ends = places[one] + gap, places[one] + away - gap
+                    canvas.arrow(ends[0][::-1], ends[1][::-1], "#D1D5DB", 1, head=5)
+            for place in places:
+                canvas.disc(place[::-1], 0.24, GRID, outline=FAINT)
+        for start in np.flatnonzero(np.asarray(params.start)) if marks else []:
+            canvas.text(places[start][::-1], "start", FAINT, size=7)
+        at = places[int(state.state)][::-1]
+        if bool(state.ended):
+            canvas.disc(at, 0.42, None, outline=INK, line=2)
+        canvas.disc(at, 0.26, COLOURS[0], outline="white")
+        return canvas.array()
 
     def action_space(self, params: TabularParams | None = None) -> spaces.Discrete:
         return spaces.Discrete(self._num_actions)
@@ -143,7 +191,8 @@ def cliff(width: int = 6, height: int = 4, wind: float = 0.1, fall_cost: float =
     def outcomes(cell, move):
         return [(1 - wind, *arrive(cell[0] + move[0], cell[1] + move[1])), (wind, *arrive(cell[0] + 1, cell[1]))]
 
-    return _grid(cells, outcomes, {(bottom, 0): 1.0}, "tabular/cliff")
+    marks = {(bottom, column): "danger" for column in range(1, width - 1)} | {goal: "goal"}
+    return _grid(cells, outcomes, {(bottom, 0): 1.0}, "tabular/cliff", marks)
 
 
 def windy_grid(random_wind: float = 1 / 3) -> Tabular:
@@ -166,7 +215,7 @@ def windy_grid(random_wind: float = 1 / 3) -> Tabular:
         chances = ((1 - 2 * random_wind, wind), (random_wind, wind - 1), (random_wind, wind + 1))
         return [(chance, *arrive(cell, move, blow)) for chance, blow in chances]
 
-    return _grid(cells, outcomes, {(3, 0): 1.0}, "tabular/windy_grid")
+    return _grid(cells, outcomes, {(3, 0): 1.0}, "tabular/windy_grid", {goal: "goal"})
 
 
 def deep_sea(size: int = 8, step_cost: float = 0.01) -> Tabular:
@@ -186,7 +235,8 @@ def deep_sea(size: int = 8, step_cost: float = 0.01) -> Tabular:
         return (1.0, number[following], reward, last)
 
     outcomes = [[[outcome(cell, right)] for right in (False, True)] for cell in cells]
-    return Tabular(mdp_from_outcomes(outcomes), np.eye(len(cells))[0], cells, "tabular/deep_sea", size)
+    marks = {(size - 1, size - 1): "goal"}
+    return Tabular(mdp_from_outcomes(outcomes), np.eye(len(cells))[0], cells, "tabular/deep_sea", size, marks)
 
 
 def garnet(
@@ -235,7 +285,8 @@ def maze(rows: Sequence[str] = SMALL_MAZE, slip: float = 0.0) -> Tabular:
         sides = [(move[1], move[0]), (-move[1], -move[0])] if slip else []
         return [(1 - slip, *arrive(cell, move))] + [(slip / 2, *arrive(cell, side)) for side in sides]
 
-    return _grid(cells, outcomes, {cell: 1 / len(starts) for cell in starts}, "tabular/maze")
+    marks = {cell: "goal" if mark == "G" else "wall" for cell, mark in text.items() if mark in "#G"}
+    return _grid(cells, outcomes, {cell: 1 / len(starts) for cell in starts}, "tabular/maze", marks)
 
 
 GENERATORS: Mapping[str, Callable[..., Tabular]] = {
@@ -244,14 +295,14 @@ GENERATORS: Mapping[str, Callable[..., Tabular]] = {
 }
 
 
-def _grid(cells: list, outcomes: Callable, start: Mapping, name: str) -> Tabular:
+def _grid(cells: list, outcomes: Callable, start: Mapping, name: str, marks: Mapping) -> Tabular:
     """Cells and four moves; `outcomes(cell, move)` lists (probability, cell, reward, terminated)."""
     number = {cell: index for index, cell in enumerate(cells)}
     table = [
         [[(p, number[to], r, ended) for p, to, r, ended in outcomes(cell, move)] for move in MOVES.values()]
         for cell in cells
     ]
-    return Tabular(mdp_from_outcomes(table), [start.get(cell, 0.0) for cell in cells], cells, name)
+    return Tabular(mdp_from_outcomes(table), [start.get(cell, 0.0) for cell in cells], cells, name, marks=marks)
 
 
 # -- picture ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `python algorithms/FAMILY/NAME.py ...` and `jaxrl-dist list|train|evaluate|plot|report|doctor`.
+"""The command line: `python algorithms/FAMILY/NAME.py ...`, and `jaxrl-dist` with one of `COMMANDS`.
 
 Algorithms and environments are found by name and imported only when asked for. Whatever ends a command is one line on
 stderr, `error: ...`, and exit code 2 (bad input), 1 (it broke) or 130 (Ctrl-C); a traceback is a bug of ours.
@@ -26,7 +26,7 @@ from jaxrl_dist.wording import alternatives, counted, nearest
 BROKEN = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
-COMMANDS = ("list", "train", "evaluate", "collect", "plot", "report", "doctor")
+COMMANDS = ("list", "train", "evaluate", "collect", "plot", "render", "report", "compare", "doctor")
 
 
 def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[str, Any]], arguments=None) -> None:
@@ -39,7 +39,7 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
     prints.
     """
     from jaxrl_dist.configuration import option
-    from jaxrl_dist.running import compile_cache, folders, hosts, problem, session
+    from jaxrl_dist.running import compile_cache, folders, hosts, problem, session, stopping
     from jaxrl_dist.studies import optuna_study, study, sweeps
 
     algorithm = Path(sys.modules[make_agent.__module__].__file__).stem
@@ -69,6 +69,8 @@ def main(config_type: type, make_agent: Callable, presets: Mapping[str, Mapping[
         options, sweep, config = (
             dataclasses.replace(default, **values) for default, values in zip(defaults, read, strict=True)
         )
+        if swept or sweep.sweep_file:
+            stopping.refuse_in_sweeps(options)
         spread_over_cores(int(options.devices) if options.devices.isdecimal() else None)
         hosts.join(options.distributed, options.num_processes, options.process_id, options.device)
         if options.distributed != "off":
@@ -261,6 +263,10 @@ def _command(arguments: list[str]) -> None:
         help="play the run's saved policies in Gymnasium's own environment, beside what our last evaluation found",
     )  # fmt: skip
     evaluate.add_argument("--env-id", help="for a policy file: Gymnasium's environment to play it in")
+    evaluate.add_argument(
+        "--policy", choices=("last", "best"), default="last",
+        help="of a run: its last policies (default), or the best ones, which --keep-best True keeps",
+    )  # fmt: skip
     collect = commands.add_parser(
         "collect", help="write episodes of a trained agent or a scripted controller to a file, for offline algorithms"
     )
@@ -295,6 +301,7 @@ def _command(arguments: list[str]) -> None:
         "--run-seed", type=_typed(Seed), help="with --distribution: which seed of the run (default: its first)"
     )
     plot.add_argument("--seed", type=_typed(Seed), default=0, help="with --distribution: seed of states and rollouts")
+    _add_render(commands)
     report = commands.add_parser("report", help="one HTML page to compare runs: curves, intervals, settings, warnings")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs or studies")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="page to write (default: report.html)")
@@ -302,6 +309,23 @@ def _command(arguments: list[str]) -> None:
         "--normalize", metavar="FILE", type=Path,
         help="JSON file {environment: [low, high]}: the returns whose normalized scores are 0 and 1",
     )  # fmt: skip
+    compare = commands.add_parser(
+        "compare", help="is one run better than another: differences with intervals, tests, and seeds needed to know"
+    )
+    compare.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+",
+        help="folders of runs or studies, or STUDY/configuration_3; every two on one environment are compared",
+    )  # fmt: skip
+    compare.add_argument("--metric", default="evaluation_return", help="column of metrics.csv to compare")
+    compare.add_argument(
+        "--at", choices=("last", "area"), default="last",
+        help="the last evaluation (default), or the area under the learning curve",
+    )  # fmt: skip
+    compare.add_argument(
+        "--pairing", choices=("auto", "paired", "unpaired"), default="auto",
+        help="whether equal seeds belong together: auto (where both were evaluated in the same episodes), or as given",
+    )  # fmt: skip
+    compare.add_argument("--out", type=Path, help="table to write (.csv or .json)")
     commands.add_parser("doctor", help="versions, devices, and whether what was asked for is what is used")
 
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
@@ -329,7 +353,7 @@ def _command(arguments: list[str]) -> None:
         if parsed.gymnasium or parsed.env_id or parsed.run.suffix == ".npz":
             _evaluate_in_gymnasium(parsed, console)
         else:
-            _evaluate(parsed.run, parsed.episodes, parsed.seed, console)
+            _evaluate(parsed.run, parsed.episodes, parsed.seed, parsed.policy, console)
     elif parsed.command == "collect":
         _collect(parsed, console)
     elif parsed.command == "plot":
@@ -337,10 +361,17 @@ def _command(arguments: list[str]) -> None:
             _plot_distribution(parsed, console)
         else:
             _plot(parsed.runs, parsed.metric, parsed.out, console)
+    elif parsed.command == "render":
+        _render(parsed, console)
     elif parsed.command == "report":
         from jaxrl_dist.reports.write import write
 
         write(parsed.runs, parsed.out, parsed.normalize, console)
+    elif parsed.command == "compare":
+        from jaxrl_dist.reports.compare import compare
+
+        how = {"metric": parsed.metric, "at": parsed.at, "pairing": parsed.pairing}
+        compare(parsed.runs, console, **how, out=parsed.out)
     elif parsed.command == "doctor":
         from jaxrl_dist.running import doctor
 
@@ -382,14 +413,14 @@ def _support(environments: Mapping[str, Sequence[str]]) -> Table:
     return table
 
 
-def _evaluate(folder: Path, episodes: int, seed: int, console: Console) -> None:
+def _evaluate(folder: Path, episodes: int, seed: int, policy: str, console: Console) -> None:
     spread_over_cores()
     from jaxrl_dist.records import recording
     from jaxrl_dist.running import compile_cache, results
 
     compile_cache.use("auto", console)
     console.print(f"evaluating {folder} ...")
-    seeds, returns, parts = results.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed)
+    seeds, returns, parts = results.evaluate_run(folder, find_algorithm, episodes=episodes, seed=seed, policy=policy)
     diverged = {}
     if (folder / "metrics.csv").exists():
         diverged = results.diverged_seeds(recording.read_metrics(folder))
@@ -402,10 +433,11 @@ def _evaluate_in_gymnasium(parsed: argparse.Namespace, console: Console) -> None
     how = {"episodes": parsed.episodes, "seed": parsed.seed}
     if parsed.run.suffix == ".npz":
         require(bool(parsed.env_id), f"RUN is {parsed.run}, a policy; --env-id must say where Gymnasium is to play it")
+        require(parsed.policy == "last", f"RUN is {parsed.run}, one policy; --policy best is for the folder of a run")
         gymnasium_evaluation.print_policy(parsed.run, parsed.env_id, console, **how)
     else:
         require(not parsed.env_id, f"--env-id is {parsed.env_id!r}; it is for a policy file (.npz), not for a run")
-        gymnasium_evaluation.print_run(parsed.run, console, **how)
+        gymnasium_evaluation.print_run(parsed.run, console, **how, policy=parsed.policy)
 
 
 def _collect(parsed: argparse.Namespace, console: Console) -> None:
@@ -430,6 +462,55 @@ def _collect(parsed: argparse.Namespace, console: Console) -> None:
         source = collecting.of_run(Path(parsed.source), find_algorithm, **how)
     behaviour = collecting.Behaviour((parsed.random[0], parsed.random[-1]), parsed.noise)
     collecting.write(source, parsed.out, behaviour, console, episodes=parsed.episodes, seed=parsed.seed)
+
+
+def _add_render(commands: Any) -> None:
+    """The options of `render`; their defaults are those of `rendering.Options`, which loads JAX."""
+    render = commands.add_parser(
+        "render", help="watch the policies of a run, and what they believe of their return: a film"
+    )
+    render.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    render.add_argument("--out", type=Path, required=True, help="film to write: .gif, .html (a page) or .mp4")
+    render.add_argument(
+        "--seeds", type=_typed(Seed), nargs="+", default=[], help="of the run, side by side (default: all, up to 4)"
+    )
+    render.add_argument(
+        "--policy", choices=("last", "best"), default="last",
+        help="its last policies (default), or the best ones, which --keep-best True keeps",
+    )  # fmt: skip
+    render.add_argument("--episodes", type=_typed(Count), default=1, help="played by each seed (default: 1)")
+    render.add_argument(
+        "--episode", choices=("all", "best", "median", "worst"), default="all",
+        help="shown of them: all, one after the other, or the one with this return",
+    )  # fmt: skip
+    render.add_argument("--seed", type=_typed(Seed), default=0, help="of the episodes, as of evaluate (default: 0)")
+    render.add_argument("--max-steps", type=_typed(Count), default=0, help="shown of an episode (default: all)")
+    render.add_argument("--every", type=_typed(Count), default=1, help="steps from picture to picture (default: 1)")
+    render.add_argument(
+        "--fps", type=_typed(float), default=0.0,
+        help="pictures per second (default: 30, fewer where an episode would take less than six seconds)",
+    )  # fmt: skip
+    render.add_argument("--scale", type=_typed(float), default=1.0, help="size; 1: a seed is 320 pixels wide")
+    render.add_argument("--explore", action="store_true", help="the policy that the run's claim is about")
+    render.add_argument("--observations", action="store_true", help="draw what the agent sees, not the environment")
+    render.add_argument(
+        "--mujoco", action="store_true", help="draw bodies by MuJoCo's own renderer, which needs EGL or OSMesa"
+    )
+    render.add_argument(
+        "--viewer", action="store_true",
+        help="make brax's own page, with a camera to turn, whose scripts a browser loads from the network",
+    )  # fmt: skip
+
+
+def _render(parsed: argparse.Namespace, console: Console) -> None:
+    if parsed.mujoco:  # before MuJoCo is imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    from jaxrl_dist.running import compile_cache, rendering
+
+    compile_cache.use("auto", console)
+    chosen = {name: getattr(parsed, name) for name in rendering.Options._fields}
+    options = rendering.Options(**chosen | {"seeds": tuple(parsed.seeds)})
+    rendering.render(parsed.run, find_algorithm, parsed.out, console, options)
 
 
 def _plot(chosen: Sequence[Path], metric: str, out: Path | None, console: Console) -> None:

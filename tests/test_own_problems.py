@@ -1,4 +1,4 @@
-"""The session of `docs/own_problems.md`, typed as it stands, in a folder outside the clone."""
+"""The session of two guides, typed as it stands, in a folder outside the clone: an environment, then an algorithm."""
 
 import os
 import re
@@ -10,24 +10,24 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "own_problems.md"
-BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+PAGES = ("docs/guides/own_environment.md", "docs/guides/own_algorithm.md")
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.slow
-@pytest.mark.proves(
-    "docs/own_problems.md", "jaxrl_dist/outside.py", "jaxrl_dist/running/catalog.py", "jaxrl_dist/cli.py"
-)
+@pytest.mark.proves(*PAGES, "jaxrl_dist/outside.py", "jaxrl_dist/running/catalog.py", "jaxrl_dist/cli.py")
 def test_the_session_is_what_it_says(tmp_path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "COLUMNS": "120", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     for language, text in BLOCKS:
-        if language == "python":
-            (tmp_path / re.match(r"# (\w+\.py)\n", text)[1]).write_text(text)
+        if language == "python" and (file := re.match(r"# (\w+\.py)\n", text)):
+            (tmp_path / file[1]).write_text(text)
             continue
+        program = ["bash", "-e"] if language == "bash" else [sys.executable]
         done = subprocess.run(
-            ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [*program, "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     returns = {

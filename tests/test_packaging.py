@@ -270,7 +270,8 @@ def test_constraints_pin_every_dependency_within_its_bounds():
             assert pin.url is None, line
             pins[canonicalize_name(pin.name)] = specifier.version
     project = PYPROJECT["project"]
-    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    extras = project["optional-dependencies"]
+    for line in project["dependencies"] + extras["dev"] + extras["docs"]:
         requirement = Requirement(line)
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{line}: constraints.txt pins {version}"

@@ -1,6 +1,7 @@
 """JAX's global switches: a run under each of them, or a refusal by name."""
 
 import contextlib
+import dataclasses
 import json
 import types
 
@@ -27,7 +28,8 @@ SMALL = {
 def small_train(name, env_id=""):
     """`train(key)` of a small agent on its own default environment, or another."""
     module, settings, *env = at_home(name)
-    small = {field: value for field, value in SMALL.items() if hasattr(module.Config(), field)}
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    small = {field: value for field, value in SMALL.items() if field in fields}
     if name == "eta_dqn":  # its discount is that of its environment
         del small["discount"]
     return training.make_train(

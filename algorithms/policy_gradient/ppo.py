@@ -105,6 +105,11 @@ BRAX = {
     "total_steps": 50_000_000, "num_envs": 2048, "num_minibatches": 32, "hidden": (256, 256), "learning_rate": 3e-4,
     "normalize_observations": True, "normalize_rewards": True,
 }  # fmt: skip
+# Gymnasium's MuJoCo tasks: CleanRL's settings, its 2,048 steps of one environment as 128 steps of 16.
+MUJOCO = {
+    "total_steps": 1_000_000, "num_envs": 16, "num_epochs": 10, "num_minibatches": 32, "learning_rate": 3e-4,
+    "annealing_steps": 1_000_000, "entropy_weight": 0.0, "normalize_observations": True, "normalize_rewards": True,
+}  # fmt: skip
 # Classic control: sizes for a CPU.
 PRESETS = {
     "CartPole-v1": {"total_steps": 100_000, "num_envs": 8, "learning_rate": 1e-3},
@@ -119,6 +124,10 @@ PRESETS = {
     "Asterix-MinAtar": MINATAR,
     "SpaceInvaders-MinAtar": MINATAR,
     "Freeway-MinAtar": MINATAR,
+    "mujoco/Hopper-v5": MUJOCO,
+    "mujoco/Walker2d-v5": MUJOCO,
+    "mujoco/HalfCheetah-v5": MUJOCO,
+    "mujoco/InvertedPendulum-v5": MUJOCO | {"total_steps": 200_000, "annealing_steps": 200_000},
     "brax/hopper": BRAX | {"num_steps": 10, "entropy_weight": 0.0},
     "brax/halfcheetah": BRAX | {
         "num_steps": 160, "num_epochs": 8, "discount": 0.95, "entropy_weight": 1e-3, "clip_range": 0.3,

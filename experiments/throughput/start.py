@@ -27,11 +27,13 @@ from jaxrl_dist.records import recording
 
 HERE = Path(__file__).parent
 MINE = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-TQC = (tqc.__file__, "--env-id", "Pendulum-v1", "--total-steps", "15000")
+TQC = (tqc.__file__, "--env-id", "Pendulum-v1", "--total-steps", "15000", "--num-seeds")
+DQN = (dqn.__file__, "--env-id", "CartPole-v1", "--total-steps", "50000", "--num-seeds")
 RUNS = {
-    "TQC, Pendulum-v1, 15,000 steps": TQC,
-    "TQC, Pendulum-v1, 15,000 steps, 4 seeds": (*TQC, "--num-seeds", "4"),
-    "DQN, CartPole-v1, 50,000 steps": (dqn.__file__, "--env-id", "CartPole-v1", "--total-steps", "50000"),
+    "TQC, Pendulum-v1, 15,000 steps, 1 seed": (*TQC, "1"),
+    "TQC, Pendulum-v1, 15,000 steps, 4 seeds": (*TQC, "4"),
+    "DQN, CartPole-v1, 50,000 steps, 1 seed": (*DQN, "1"),
+    "DQN, CartPole-v1, 50,000 steps, 4 seeds": (*DQN, "4"),
 }
 
 

@@ -92,10 +92,7 @@ def require_of(transitions: Transition, env, env_params, path: Path, env_id: str
         )
     space, actions = spaces_of(env, env_params)[0], transitions.action
     kind = kind_of(space)
-    if kind == "discrete":
-        low, high = 0, int(space.n) - 1
-    else:
-        low, high = (0, counts_of(space) - 1) if kind == SEVERAL else bounds_of(space)
+    low, high = bounds_of(space) if kind == "continuous" else (0, counts_of(space) - 1)
     require(
         bool((actions >= low).all() and (actions <= high).all()),
         f"{where}, whose actions reach from {actions.min():g} to {actions.max():g}; those of --env-id {env_id} must "

@@ -99,10 +99,7 @@ class EnsembleDense(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         fan_in = inputs.shape[-1]
-
-        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
-
+        uniform = networks.uniform(fan_in**-0.5)
         kernel = self.param("kernel", uniform, (self.members, fan_in, self.features))
         bias = self.param("bias", uniform, (self.members, self.features))
         if jax.default_backend() == "cpu" and self.members <= networks.UNROLLED_MEMBERS_ON_CPU:

@@ -18,8 +18,9 @@ from jaxrl_dist.learning.devices import split_rows
 from jaxrl_dist.learning.keys import is_key
 from jaxrl_dist.learning.spaces import spaces_of
 
-EXTRAS = ("rewards", "cost")
-"""What an environment may leave in `info` beside its reward: a vector of rewards, the cost of a constraint."""
+EXTRAS = ("rewards", "cost", "unchanged_reward")
+"""What an environment may leave in `info` beside its reward: a vector of rewards, the cost of a constraint, and the
+reward as it was where learners see another (`envs/gym_wrappers.py`), which is then what episodes are measured by."""
 
 
 class Transition(NamedTuple):
@@ -119,7 +120,7 @@ def step(
     chex.assert_equal_shape([successor, observation])
 
     done = terminated | truncated
-    episode_return = interaction.episode_return + reward
+    episode_return = interaction.episode_return + raw_reward(transition)
     episode_length = interaction.episode_length + 1
     metrics = {"episode_return": average(episode_return, done), "episode_length": average(episode_length, done)}
     following = Interaction(
@@ -128,6 +129,11 @@ def step(
         jax.tree.map(lambda old, new: where(done, new, old), memory, remember(num_envs)),
     )  # fmt: skip
     return following, transition, metrics
+
+
+def raw_reward(transition: Transition) -> jax.Array:
+    """The reward as the environment itself gives it, which is what an episode's return is made of."""
+    return (transition.extras or {}).get("unchanged_reward", transition.reward)
 
 
 def where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

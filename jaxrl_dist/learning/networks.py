@@ -55,10 +55,10 @@ class EnsembleMLP(nn.Module):
         layers, fan_in = [], inputs.shape[-1]
         for index, width in enumerate(self.features):
             last = index == len(self.features) - 1
-            initializer = _uniform(self.output_bound if last and self.output_bound else fan_in**-0.5)
+            initializer = uniform(self.output_bound if last and self.output_bound else fan_in**-0.5)
             bias_initializer = initializer
             if self.glorot:
-                initializer, bias_initializer = _uniform((6 / (fan_in + width)) ** 0.5), nn.initializers.zeros
+                initializer, bias_initializer = uniform((6 / (fan_in + width)) ** 0.5), nn.initializers.zeros
             if self.orthogonal:
                 initializer, bias_initializer = _orthogonal(self.orthogonal[last]), nn.initializers.zeros
             kernel = self.param(f"kernel_{index}", initializer, (self.members, fan_in, width))
@@ -120,8 +120,8 @@ class Convolution(nn.Module):
     def __call__(self, image: jax.Array) -> jax.Array:
         height, width = (extent - self.size + 1 for extent in image.shape[1:3])
         fan_in = self.size**2 * image.shape[-1]
-        kernel = self.param("kernel", _uniform(fan_in**-0.5), (self.size, self.size, image.shape[-1], self.features))
-        bias = self.param("bias", _uniform(fan_in**-0.5), (self.features,))
+        kernel = self.param("kernel", uniform(fan_in**-0.5), (self.size, self.size, image.shape[-1], self.features))
+        bias = self.param("bias", uniform(fan_in**-0.5), (self.features,))
         offsets = [(i, j) for i in range(self.size) for j in range(self.size)]
         patches = jnp.concatenate([image[:, i : i + height, j : j + width] for i, j in offsets], axis=-1)
         return patches @ kernel.reshape(fan_in, self.features) + bias
@@ -264,7 +264,7 @@ class NoisyDense(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array, noisy: bool) -> jax.Array:
         fan_in = inputs.shape[-1]
-        mean, deviation = _uniform(fan_in**-0.5), nn.initializers.constant(self.initial_noise * fan_in**-0.5)
+        mean, deviation = uniform(fan_in**-0.5), nn.initializers.constant(self.initial_noise * fan_in**-0.5)
         kernel = self.param("kernel", mean, (fan_in, self.features))
         bias = self.param("bias", mean, (self.features,))
         kernel_noise = self.param("kernel_noise", deviation, (fan_in, self.features))
@@ -303,7 +303,8 @@ def _orthogonal(gain: float):
     return draw
 
 
-def _uniform(bound: float):
+def uniform(bound: float):
+    """Initializer: evenly between `-bound` and `bound`."""
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 

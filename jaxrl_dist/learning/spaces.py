@@ -44,8 +44,10 @@ def bounds_of(box: Any) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def counts_of(space: Any) -> np.ndarray:
-    """Numbers of choices of a space with several at once, of the space's shape."""
-    return np.asarray(space.nvec) if hasattr(space, "nvec") else np.full(space.shape, 2)
+    """Numbers of choices of a space of one or several, of the space's shape."""
+    if hasattr(space, "nvec"):
+        return np.asarray(space.nvec)
+    return np.asarray(space.n) if space.shape == () else np.full(space.shape, 2)
 
 
 # -- what an algorithm can take ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ PAGE = """\
 {% macro named(label, detail) %}
 <th scope="row">{{ label }}{% if detail %}<span class="detail">{{ detail }}</span>{% endif %}</th>
 {% endmacro %}
-{% macro matrix(cells, what) %}
+{% macro matrix(cells, what, many) %}
 <div class="box" role="region" aria-label="Probability of improvement, {{ what }}" tabindex="0">
 <table>
 <caption>Probability that a run of the row scores above a run of the column, {{ what }}; ties count half.
@@ -30,6 +30,7 @@ Bold: the 95 % interval does not hold 0.5.</caption>
 </tbody>
 </table>
 </div>
+{% if many %}<p class="small">{{ many }}</p>{% endif %}
 {% endmacro %}
 {% macro fields(rows, what) %}
 <div class="box" role="region" aria-label="{{ what }}" tabindex="0">
@@ -164,7 +165,7 @@ normalized score above τ; higher is better. Bands: pointwise 95 % stratified bo
 {% else %}
 <p>No algorithm ran on all of these environments, so there is nothing to pool.</p>
 {% endif %}
-{% if over_all.matrix %}{{ matrix(over_all.matrix, "mean over all environments") }}{% endif %}
+{% if over_all.matrix %}{{ matrix(over_all.matrix, "mean over all environments", over_all.many) }}{% endif %}
 </section>
 {% endif %}
 
@@ -198,7 +199,7 @@ normalized score above τ; higher is better. Bands: pointwise 95 % stratified bo
 </tbody>
 </table>
 </div>
-{% if environment.matrix %}{{ matrix(environment.matrix, "on " ~ environment.name) }}{% endif %}
+{% if environment.matrix %}{{ matrix(environment.matrix, "on " ~ environment.name, environment.many) }}{% endif %}
 </section>
 {% endfor %}
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxrl_dist.studies import sweeps
 
 MOST_OF_A_STUDY = 8
 DIVERGENCES_LISTED = 5
+POSITION_COLUMNS = (*recording.POSITION_COLUMNS, "diverged_at", "rung")
 NONE = "\N{EN DASH}"  # what stands where there is nothing to show
 
 
@@ -102,11 +104,43 @@ class Group:
     @functools.cached_property
     def areas(self) -> np.ndarray:
         """Area under each seed's learning curve as a mean return, of the seeds with two evaluations or more."""
-        curves = [seed.sort_values("env_steps") for _, seed in self.curve.groupby("seed") if len(seed) > 1]
-        return np.array([statistics.area_under_curve(seed.env_steps, seed.evaluation_return) for seed in curves])
+        return self.by_seed("evaluation_return", "area").to_numpy()
+
+    def by_seed(self, metric: str, at: str) -> pd.Series:
+        """One number per seed, in the order of the seeds that have one: of the `last` point, or the `area` under the
+        seed's curve as a mean.
+
+        metric: `evaluation_return`, or another column of metrics.csv; ConfigurationError where a run lacks it. Left out
+        are seeds whose evaluation returns are not finite, points at which the metric is not, and of an area the seeds
+        with fewer than two points.
+        """
+        points = self.curve if metric == "evaluation_return" else pd.concat([_points(run, metric) for run in self.runs])
+        if at == "last":
+            ends = {seed: run.last_step for run in self.runs for seed in run.seeds}
+            return points[points.env_steps == points.seed.map(ends)].set_index("seed")[metric].sort_index()
+        curves = {seed: one.sort_values("env_steps") for seed, one in points.groupby("seed") if len(one) > 1}
+        areas = {seed: statistics.area_under_curve(one.env_steps, one[metric]) for seed, one in curves.items()}
+        return pd.Series(areas, name=metric, dtype=float)
+
+
+def _points(run: Run, metric: str) -> pd.DataFrame:
+    """The finite values of a column of metrics.csv, of the seeds with finite returns."""
+    metrics = pd.DataFrame() if run.metrics is None else run.metrics
+    known = [name for name in metrics if pd.api.types.is_numeric_dtype(metrics[name]) and name not in POSITION_COLUMNS]
+    require(metric in known, f"--metric is {metric!r}; {run.name} has {listed(known) or 'no metrics'}")
+    points = metrics.assign(env_steps=metrics[run.unit])[["env_steps", "seed", metric]]
+    return points[np.isfinite(points[metric]) & points.seed.isin(run.episodes.seed)]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_all(paths: Sequence[Path]) -> list[Run]:
+    """`read_runs` of all paths in turn. Raises ValueError where there is none, or one twice."""
+    require(len(paths) > 0, "RUN is empty; give at least one folder of a run")
+    twice = [path for index, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:index]]]
+    require(not twice, f"RUN has {twice[0] if twice else ''} twice; give each run once")
+    return [run for path in paths for run in read_runs(path)]
 
 
 def read_run(path: Path) -> Run:
@@ -118,15 +152,19 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The run in `path`; of a study each configuration as a run, the `MOST_OF_A_STUDY` best where there are more."""
+    """The run in `path`; of a study each configuration as a run, the `MOST_OF_A_STUDY` best where there are more.
+
+    `STUDY/configuration_3` is one configuration of a study.
+    """
     from jaxrl_dist.studies import study
 
+    single = re.fullmatch(r"configuration_(\d+)", path.name)
+    if single and not path.exists() and study.is_study(path.parent):
+        return [_configuration(path.parent, _finished_waves(path.parent), int(single[1]))]
     if not study.is_study(path):
         return [read_run(path)]
-    waves = study.finished_waves(path)
-    require(bool(waves), f"RUN is {path}, a study of which no wave is finished yet")
-    results = study.metrics_of(waves)
-    best = list(sweeps.ranking(results, []).configuration)
+    waves = _finished_waves(path)
+    best = list(sweeps.ranking(study.metrics_of(waves), []).configuration)
     found = [_configuration(path, waves, number) for number in sorted(best[:MOST_OF_A_STUDY])]
     if len(best) > len(found):
         said = f"{path.name}: the {len(found)} best of {len(best)} configurations are shown, so they flatter"
@@ -134,10 +172,20 @@ def read_runs(path: Path) -> list[Run]:
     return found
 
 
+def _finished_waves(path: Path) -> list[Path]:
+    from jaxrl_dist.studies import study
+
+    waves = study.finished_waves(path)
+    require(bool(waves), f"RUN is {path}, a study of which no wave is finished yet")
+    return waves
+
+
 def _configuration(path: Path, waves: Sequence[Path], number: int) -> Run:
     """One configuration of a study as a run of its own, put together from the waves in which it took part."""
     abouts = [recording.read_config(wave) for wave in waves]
     own = [(wave, about) for wave, about in zip(waves, abouts, strict=True) if number in about["configurations"]]
+    there = sorted({each for about in abouts for each in about["configurations"]})
+    require(bool(own), f"RUN is {path / f'configuration_{number}'}; of the study these are finished: {listed(there)}")
     joined = [
         pd.concat([table[table.configuration == number] for wave, _ in own for table in [read(wave)]])
         for read in (recording.read_evaluations, recording.read_metrics)
@@ -184,7 +232,13 @@ def _checked(path: Path, about: Any, episodes: pd.DataFrame, metrics: pd.DataFra
         if infinite:
             said.append(f"{name}: metrics are not finite: {', '.join(infinite)}")
     total = about["options"].get("total_steps")
-    if isinstance(total, int) and last_step < total:
+    reached = about.get("reached")
+    if isinstance(reached, dict) and reached.get("stopped"):
+        said.append(
+            f"{name}: ended at {last_step:,} of {total:,} {unit.replace('_', ' ')}, when every seed had reached "
+            f"--stop-at {reached['return']:g}: its last scores were waited for, so they flatter"
+        )
+    elif isinstance(total, int) and last_step < total:
         said.append(f"{name}: the last evaluation is at {last_step:,} of {total:,} {unit.replace('_', ' ')}")
     run = Run(name, about["algorithm"], environment, about, episodes, metrics, seeds, last_step, unit, ())
     if len(run.diverged):

@@ -10,9 +10,9 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -22,8 +22,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jaxrl_dist.configuration import require
 from jaxrl_dist.records import plotting, recording, statistics
+from jaxrl_dist.reports.compare import compared, said_of_many
+from jaxrl_dist.reports.numbers import Estimate, digits_for, estimate, improvement, number
 from jaxrl_dist.reports.page import PAGE
 from jaxrl_dist.reports.runs import (
     NONE,
@@ -35,23 +36,20 @@ from jaxrl_dist.reports.runs import (
     grouped,
     listed,
     lowest_and_highest,
+    read_all,
     read_bounds,
-    read_runs,
     show,
 )
 from jaxrl_dist.running.folders import require_output
+from jaxrl_dist.wording import counted
 
 # Settings that say where and under which name a run was kept; they make no run another experiment.
 BOOKKEEPING = ("name", "runs_folder", "resume", "env_id", "env_options")
+MANY_INTERVALS = (
+    "{pairs} are looked at here at once, each with an interval of its own: where nothing differs, one bold pair in "
+    "twenty is to be expected."
+)
 FIGURE_SIZE = (5.2, 3.9)  # inches: small enough that its letters can be read on a phone
-
-
-class Estimate(NamedTuple):
-    """A number over seeds with its 95 % interval, which is NaN where there is one seed."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
 
 
 def write(paths: Sequence[Path], out: Path, normalize: Path | None, console: Console) -> None:
@@ -61,11 +59,8 @@ def write(paths: Sequence[Path], out: Path, normalize: Path | None, console: Con
     JSON file `{environment: [low, high]}`, the returns whose normalized scores are 0 and 1. Raises ValueError on what
     is no run with evaluations and on an unusable `normalize`.
     """
-    require(len(paths) > 0, "RUN is empty; give at least one folder of a run")
     require_output(out)
-    twice = [path for index, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:index]]]
-    require(not twice, f"RUN has {twice[0] if twice else ''} twice; give each run once")
-    groups = grouped([run for path in paths for run in read_runs(path)])
+    groups = grouped(read_all(paths))
     bounds = read_bounds(normalize, groups) if normalize else lowest_and_highest(groups)
     page = render(groups, bounds, normalize)
     out.write_text(page, encoding="utf-8")
@@ -75,20 +70,6 @@ def write(paths: Sequence[Path], out: Path, normalize: Path | None, console: Con
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def estimate(scores: np.ndarray, statistic: Callable[..., np.ndarray] = statistics.interquartile_mean) -> Estimate:
-    """A statistic of scores `[seeds]` or `[seeds, tasks]` with its 95 % interval; NaN of no seeds."""
-    if len(scores) == 0:
-        return Estimate(math.nan)
-    value = float(statistic(np.reshape(scores, (1, -1)), axis=1)[0])
-    return Estimate(value, *statistics.bootstrap_interval(scores, statistic)) if len(scores) > 1 else Estimate(value)
-
-
-def improvement(x: np.ndarray, y: np.ndarray) -> Estimate:
-    """Probability that a run of X scores above one of Y, with its 95 % interval."""
-    interval = statistics.improvement_interval(x, y) if min(len(x), len(y)) > 1 else ()
-    return Estimate(statistics.probability_of_improvement(x, y), *interval)
 
 
 def _matrix(scores: Mapping[str, np.ndarray]) -> dict[str, list[Estimate | None]]:
@@ -184,8 +165,7 @@ def _environment(groups, environment: str, bounds, normalize: Path | None) -> di
             "diverged": f"{len(group.diverged)} of {seeds}" if len(group.diverged) else "0",
         })  # fmt: skip
     rows.sort(key=lambda row: (math.isnan(row["iqm"].value), -row["iqm"].value))
-    largest = max((abs(score) for group in own for score in group.scores), default=0)
-    digits = 1 if largest >= 100 else 2 if largest >= 10 else 3
+    digits = digits_for(max((abs(score) for group in own for score in group.scores), default=0))
 
     drawn = [group for group in own if len(group.curve) or len(group.diverged)]
     colours = _colours(groups, [group.label for group in drawn])
@@ -212,6 +192,7 @@ def _environment(groups, environment: str, bounds, normalize: Path | None) -> di
         "name": environment, "rows": rows, "digits": digits, "caption": caption, "scale": scale,
         "figure": svg, "any_diverged": any(len(group.diverged) for group in own),
         "matrix": _matrix(finite) if len(finite := {g.label: g.scores for g in own if len(g.scores)}) > 1 else None,
+        "many": said_of_many(compared(own)),
     }  # fmt: skip
 
 
@@ -248,6 +229,7 @@ def _over_all(groups, bounds, normalize: Path | None) -> dict[str, Any] | None:
         "rows": sorted(rows, key=lambda row: -row["iqm"].value),
         # Of one environment the matrix stands in its own section.
         "matrix": _matrix(raw) if len(raw) > 1 and len(environments) > 1 else None,
+        "many": MANY_INTERVALS.format(pairs=counted(math.comb(len(raw), 2), "pair")) if len(raw) > 2 else "",
     }  # fmt: skip
 
 
@@ -329,10 +311,3 @@ def _svg(figure: Figure, description: str, colours: Sequence[int]) -> Markup:
 def _plain(label: str) -> str:
     """A label that matplotlib takes as it is: dollars would start a formula, an underscore in front hides a curve."""
     return label.replace("$", r"\$").removeprefix("_")
-
-
-def number(value: float, digits: int = 1) -> str:
-    """A number for people: thousands apart, a true minus sign, a dash for none."""
-    if not math.isfinite(value):
-        return NONE
-    return f"{round(float(value), digits) + 0.0:,.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -13,14 +13,16 @@ from jaxrl_dist.running.problem import takes_data
 def refusals(algorithms: Mapping[str, Any], env_ids: Sequence[str]) -> dict[str, dict[str, str]]:
     """{environment: {algorithm: why it does not accept the environment, "" where it does}}.
 
-    `algorithms`: modules by name. Nothing is traced but a step, for algorithms that ask what comes with rewards. Brax's
-    models, which take half a minute to load, are not looked at: all of them have vectors of numbers in and out.
+    `algorithms`: modules by name. Nothing is traced but a step, for algorithms that ask what comes with rewards. The
+    models of brax and MuJoCo, which take half a minute to load, are not looked at: all of them have vectors of numbers
+    in and out.
     """
     from jaxrl_dist import envs  # the toolkit knows the environments by name only
 
     found = {}
     for env_id in env_ids:
-        env, params = (_vectors(env_id), None) if env_id.startswith("brax/") else envs.make(env_id)
+        heavy = env_id.startswith(("brax/", "mujoco/"))
+        env, params = (_vectors(env_id), None) if heavy else envs.make(env_id)
         found[env_id] = {name: refusal(module, env, params) for name, module in algorithms.items()}
     return found
 

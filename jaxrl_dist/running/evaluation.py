@@ -200,7 +200,7 @@ def evaluate(agent: Agent, env, env_params, state, key: jax.Array, *, episodes: 
         state = agent.adapt(state, env_params, adapt_key)
     batch = interaction.start(env, env_params, start_key, episodes, policy.start)
     running = jnp.ones(episodes, bool)
-    extras = interaction.transition_like(env, env_params).extras
+    extras = _beside(interaction.transition_like(env, env_params).extras)
     nothing = jax.tree.map(lambda x: jnp.zeros((episodes, *x.shape), x.dtype), extras)
     totals = Episodes(jnp.zeros(episodes), jnp.zeros(episodes, jnp.int32), nothing)
 
@@ -214,12 +214,20 @@ def evaluate(agent: Agent, env, env_params, state, key: jax.Array, *, episodes: 
         action, memory = policy.act(state, batch.observation, batch.memory, act_key)
         batch, transition, _ = interaction.step(env, env_params, batch, action, step_key, memory, policy.start)
         totals = Episodes(
-            totals.episode_return + jnp.where(running, transition.reward, 0), totals.episode_length + running,
-            jax.tree.map(lambda x, sum: interaction.where(running, sum + x, sum), transition.extras, totals.extras),
-        )  # fmt: skip
+            totals.episode_return + jnp.where(running, interaction.raw_reward(transition), 0),
+            totals.episode_length + running,
+            jax.tree.map(
+                lambda x, sum: interaction.where(running, sum + x, sum), _beside(transition.extras), totals.extras
+            ),
+        )
         return time + 1, batch, running & ~(transition.terminated | transition.truncated), totals
 
     return jax.lax.while_loop(keep_going, advance, (jnp.int32(0), batch, running, totals))[-1]
+
+
+def _beside(extras: Any) -> Any:
+    """What is summed beside the reward: not the reward itself."""
+    return {name: x for name, x in (extras or {}).items() if name != "unchanged_reward"} or ()
 
 
 def return_distributions(

@@ -20,7 +20,7 @@ limit is a truncation in both. They differ in this:
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -29,7 +29,7 @@ from rich.table import Table
 from jaxrl_dist.configuration import ConfigurationError, require
 from jaxrl_dist.learning import portable
 from jaxrl_dist.records import recording
-from jaxrl_dist.running import results
+from jaxrl_dist.running import best, results
 
 
 def make(env_id: str) -> Any:
@@ -186,22 +186,31 @@ class Comparison(NamedTuple):
     parts: dict[str, np.ndarray]
 
 
-def evaluate_run(folder: Path, *, episodes: int, seed: int) -> Comparison:
+def evaluate_run(folder: Path, *, episodes: int, seed: int, policy: Literal["last", "best"] = "last") -> Comparison:
     """Play the policies that a finished run saved in Gymnasium's environment of the same name.
 
-    Where actions were cut into bins, `discretised/NAME`, the policies give values in NAME's own bounds.
+    policy: the last ones, beside their last evaluation, or the best ones, beside the new episodes that they played when
+    the run ended.
+
+    Where actions were cut into bins, `discretised/NAME`, the policies give values in NAME's own bounds; `mujoco/NAME`
+    is Gymnasium's own NAME.
     """
     saved = recording.read_config(folder, {"options.seed": int, "options.num_seeds": int, "options.env_options": list})
     options = saved["options"]
     require(options["num_seeds"] >= 1, f"{folder / 'config.json'}: options.num_seeds is {options['num_seeds']}")
     require(not saved.get("configurations"), f"RUN is {folder}, a wave of a study; give one of its policies instead")
     seeds = list(range(options["seed"], options["seed"] + options["num_seeds"]))
-    paths = [folder / "policies" / f"seed_{number}.npz" for number in seeds]
+    results.require_policy(policy, folder, options.get("keep_best", False))
+    place = folder / "policies" / (best.FOLDER if policy == "best" else "")
+    paths = [place / f"seed_{number}.npz" for number in seeds]
     require(paths[-1].is_file(), f"RUN is {folder}, which holds no policies yet: a run saves them when it ends")
-    records = recording.read_evaluations(folder)
-    axis = recording.axis_of(records)
-    last = records[records[axis] == records[axis].max()]
-    env_id = options["env_id"].removeprefix("discretised/")
+    if policy == "best":
+        last = best.read_episodes(folder)
+    else:
+        records = recording.read_evaluations(folder)
+        axis = recording.axis_of(records)
+        last = records[records[axis] == records[axis].max()]
+    env_id = options["env_id"].removeprefix("discretised/").removeprefix("mujoco/")
     missing = sorted({*seeds} - {*last.seed})
     require(not missing, f"{folder / 'evaluations.csv'} lacks seeds {missing} at its last evaluation")
     played = [play_policy(path, env_id, episodes=episodes, seed=seed) for path in paths]
@@ -220,13 +229,16 @@ def print_policy(path: Path, env_id: str, console: Console, *, episodes: int, se
     results.print_results(console, [path.stem], found.episode_return[None], parts=parts)
 
 
-def print_run(folder: Path, console: Console, *, episodes: int, seed: int) -> None:
+def print_run(
+    folder: Path, console: Console, *, episodes: int, seed: int, policy: Literal["last", "best"] = "last"
+) -> None:
     """Evaluate a run's policies and print their table, and beside our own evaluation."""
-    found = evaluate_run(folder, episodes=episodes, seed=seed)
+    found = evaluate_run(folder, episodes=episodes, seed=seed, policy=policy)
     console.print(f"{folder} in Gymnasium's {found.env_id}")
     results.print_results(console, found.seeds, np.stack(found.gymnasium), parts=found.parts)
     table = Table(
-        "seed", "Gymnasium", "our last evaluation", "difference", "95 % interval",
+        "seed", "Gymnasium", f"our {'last evaluation' if policy == 'last' else 'new episodes'}", "difference",
+        "95 % interval",
         title=f"mean returns of {episodes} and of {len(found.recorded[0])} episodes",
     )  # fmt: skip
     rows = {str(number): [i] for i, number in enumerate(found.seeds)}

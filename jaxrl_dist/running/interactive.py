@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -114,6 +115,32 @@ def history_table(history: Mapping[str, Any], *axes: Mapping[str, Iterable[Any]]
             values = np.where(values < 0, np.nan, values)
         columns[name] = values.reshape(-1)
     return pd.DataFrame(columns)
+
+
+def show(folder: Path | str, **options: Any) -> Any:
+    """An agent in a notebook, in one line: episodes of a run as a film with play, pause and a slider.
+
+    options: fields of `rendering.Options`, such as `episodes=3` or `seeds=(0, 1)`. What is worth saying is printed.
+    Returns an object that IPython displays; a saved notebook keeps it. Raises ConfigurationError as
+    `jaxrl-dist render` does.
+    """
+    # Here, since only who watches needs them.
+    from IPython.display import HTML
+
+    from jaxrl_dist.records import films
+    from jaxrl_dist.running import catalog, rendering
+
+    known = rendering.Options._fields
+    for name in options:
+        hint = f"did you mean {alternatives(near)}?" if (near := nearest(name, known)) else f"it takes {list(known)}"
+        require(name in known, f"{name} is no option of show; {hint}")
+    chosen = rendering.Options(**options)
+    film = rendering.of_run(Path(folder), catalog.find_algorithm, chosen._replace(seeds=tuple(chosen.seeds)), print)
+    stage = films.Stage(film)
+    page = html.escape(films.page(stage), quote=True)
+    width, height = stage.size[0] + 26, stage.size[1] + 76
+    style = f"width: {width}px; max-width: 100%; height: {height}px; border: 0"
+    return HTML(f'<div><iframe srcdoc="{page}" style="{style}"></iframe></div>')
 
 
 def save_states(folder: Path | str, states: Any) -> None:

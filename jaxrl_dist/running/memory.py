@@ -110,7 +110,7 @@ def require_room(problem: Problem, programs: training.Programs, console: Console
 
 def require_disk(problem: Problem, programs: training.Programs, folder: Path) -> None:
     """Refuse a run in `folder` whose checkpoints the disk cannot take; `--memory ignore` lets it be."""
-    options, one = problem.options, bytes_to_write(programs.abstract_training)
+    options, one = problem.options, bytes_to_write([programs.abstract_training, programs.abstract_best])
     saves = -(-options.total_steps // (options.checkpoint_every or -(-options.total_steps // 4)))
     needed = one * min(saves, options.checkpoint_keep + 1)  # the oldest one goes when the newest is written
 
@@ -193,11 +193,12 @@ def _setting(problem: Problem, programs: training.Programs, field: str) -> str:
 
 
 def _fields(programs: training.Programs) -> dict[str, Any]:
-    """The fields of the state of all runs by name, described by their shapes; a replay is one of them."""
+    """What is held, by name, in shapes: the fields of the state of all runs, a replay as one, and best policies."""
     named, _ = jax.tree_util.tree_flatten_with_path(
         programs.abstract_training, is_leaf=lambda node: isinstance(node, Replay)
     )
-    return {jax.tree_util.keystr(path).removeprefix("."): node for path, node in named}
+    fields = {jax.tree_util.keystr(path).removeprefix("."): node for path, node in named}
+    return fields | {f"best[{index}]": node for index, node in enumerate(programs.abstract_best)}
 
 
 def _bytes_on_one_device(node: Any) -> int:

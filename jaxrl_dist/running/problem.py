@@ -72,6 +72,13 @@ class RunOptions:
     eval_rollouts: Count = 32
     """Monte-Carlo returns per state"""
 
+    stop_at: str = ""
+    """end the run at the first evaluation in which the mean return of every seed (but diverged ones) is at least this
+    number, as if --total-steps were reached there; empty: never"""
+    keep_best: bool = False
+    """keep the best policy of every seed beside the last, by its evaluations, and let it play new episodes at the end,
+    since the evaluation that chose it flatters"""
+
     checkpoint_every: Natural = 0
     """environment steps between checkpoints; 0: a quarter of the total"""
     checkpoint_keep: Count = 2
@@ -192,6 +199,7 @@ def prepare(algorithm: str, make_agent: Callable, config: Any, options: RunOptio
     if options.data_parallel:
         _check_data_parallel(agent, config, device_count(options))
     _check_counters(agent, options, evaluation.episode_limit(env_params, options.eval_max_steps))
+    _check_choosing(agent, options)
     if options.resume:
         require(
             options.resume in ("latest", "auto") or options.resume.isdecimal(),
@@ -243,6 +251,32 @@ def _check_counters(agent: Agent, options: RunOptions, episode_limit: int) -> No
         f"--eval-states is {options.eval_states}; with episodes of up to {episode_limit} steps it must be at most "
         f"{most}",
     )
+
+
+def stop_target(options: RunOptions) -> float | None:
+    """The return of --stop-at; None where it is empty. ConfigurationError unless it is a finite number."""
+    if not options.stop_at:
+        return None
+    try:
+        target = float(options.stop_at)
+    except ValueError:
+        target = math.nan
+    require(
+        math.isfinite(target), f"--stop-at is {options.stop_at!r}; it must be a finite number, a mean episode return"
+    )
+    return target
+
+
+def _check_choosing(agent: Agent, options: RunOptions) -> None:
+    """Refuse --stop-at and --keep-best where no evaluation comes before the last one, to decide by."""
+    stop_target(options)
+    given = ["--stop-at"] * bool(options.stop_at) + ["--keep-best"] * options.keep_best
+    if given and options.eval_every:
+        require(
+            agent.clock.interval(options.eval_every) < agent.clock.iterations(options.total_steps),
+            f"--eval-every is {options.eval_every}, so {' and '.join(given)} would have no evaluation to decide by "
+            f"before the last, at --total-steps {options.total_steps}; it must be less",
+        )
 
 
 def device_count(options: RunOptions) -> int:

@@ -5,7 +5,7 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -107,7 +107,8 @@ def draw_return_distribution(
 
 
 class SavedRun(NamedTuple):
-    """A run read back from its folder; `state` is that of all runs (seeds), `[runs]` first."""
+    """A run read back from its folder; `state` is that of all runs (seeds), `[runs]` first, with the policies that were
+    asked for."""
 
     problem: Problem
     programs: training.Programs
@@ -123,8 +124,13 @@ class SavedRun(NamedTuple):
         return int(np.flatnonzero(self.seeds == run_seed)[0])
 
 
-def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedRun:
-    """The newest checkpoint of a run with its problem rebuilt from `config.json`, on whatever devices there are."""
+def load_run(
+    folder: Path, find_algorithm: Callable, *, episodes: int, policy: Literal["last", "best"] = "last"
+) -> SavedRun:
+    """The newest checkpoint of a run with its problem rebuilt from `config.json`, on whatever devices there are.
+
+    policy: the last ones, or the best ones of a run that kept them.
+    """
     require(episodes >= 1, f"--episodes is {episodes}; it must be at least 1")
     saved, path = recording.read_config(folder, {"runs_mode": str}), folder / "config.json"
     require(
@@ -139,6 +145,7 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     config = from_json(module.Config, saved["config"], f"{path}: config")
     options = from_json(RunOptions, saved["options"] | {"runs_mode": saved["runs_mode"]}, f"{path}: options")
     options = dataclasses.replace(options, device="auto", devices="all", resume="")
+    require_policy(policy, folder, options.keep_best)
     checkpoints = Checkpoints(folder / "checkpoints")
     iteration = checkpoints.newest()
     require(iteration is not None, f"RUN is {folder}, which holds no checkpoint")
@@ -149,19 +156,27 @@ def load_run(folder: Path, find_algorithm: Callable, *, episodes: int) -> SavedR
     programs = training.Programs(
         problem.make_agent, problem.config, problem.env, problem.env_params, *problem.data,
         num_runs=options.num_seeds, runs_mode=options.runs_mode,
-        eval_episodes=episodes, eval_max_steps=options.eval_max_steps,
+        eval_episodes=episodes, eval_max_steps=options.eval_max_steps, keep_best=options.keep_best,
     )  # fmt: skip
-    like = {"training": programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
-    state = checkpoints.load(iteration, like)["training"]
+    loaded = checkpoints.load(iteration, programs.abstract_checkpoint)
+    state = loaded["training"] if policy == "last" else training.with_policy(loaded["training"], loaded["best"])
     return SavedRun(problem, programs, np.arange(options.seed, options.seed + options.num_seeds), state, iteration)
 
 
+def require_policy(policy: str, folder: Path, keep_best: bool) -> None:
+    """ConfigurationError where the best policies of a run are asked for that kept the last ones alone."""
+    require(
+        policy == "last" or keep_best,
+        f"--policy is {policy}, but {folder} kept its last policies only; --keep-best True keeps both",
+    )
+
+
 def evaluate_run(
-    folder: Path, find_algorithm: Callable, *, episodes: int, seed: int
+    folder: Path, find_algorithm: Callable, *, episodes: int, seed: int, policy: Literal["last", "best"] = "last"
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Evaluate the newest checkpoint of a run: its seeds `[runs]`, episode returns `[runs, episodes]`, and those of
     each component of a vector of rewards, and of costs, by name."""
-    run = load_run(folder, find_algorithm, episodes=episodes)
+    run = load_run(folder, find_algorithm, episodes=episodes, policy=policy)
     found = run.programs.evaluate(run.state, jax.random.split(jax.random.key(seed), len(run.seeds)))
     parts = {name: np.asarray(values) for name, values in evaluation.columns(found.extras).items()}
     return run.seeds, np.asarray(found.episode_return), parts

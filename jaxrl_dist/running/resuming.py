@@ -20,7 +20,7 @@ from jaxrl_dist.running.problem import Problem, RunOptions
 # Options of a run that must be those it was started with; all settings of the algorithm must.
 FIXED = (
     "env_id", "env_options", "dataset", "seed", "num_seeds", "eval_every", "eval_episodes", "eval_max_steps",
-    "eval_states", "eval_rollouts", "on_divergence",
+    "eval_states", "eval_rollouts", "on_divergence", "keep_best",
 )  # fmt: skip
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunOptions)}

@@ -27,6 +27,7 @@ from jaxrl_dist.configuration import require
 from jaxrl_dist.learning import datasets, interaction, portable
 from jaxrl_dist.records import plotting, recording
 from jaxrl_dist.running import (
+    best,
     compile_cache,
     evaluation,
     folders,
@@ -35,13 +36,14 @@ from jaxrl_dist.running import (
     progress,
     results,
     resuming,
+    stopping,
     support,
     training,
     watching,
 )
 from jaxrl_dist.running.catalog import display_name, own_file
 from jaxrl_dist.running.checkpointing import Checkpoints, megabytes
-from jaxrl_dist.running.problem import Problem, RunOptions, action_bounds, device_count
+from jaxrl_dist.running.problem import Problem, RunOptions, action_bounds, device_count, stop_target
 from jaxrl_dist.wording import counted
 
 CHUNK_SECONDS = 0.5
@@ -79,6 +81,8 @@ def train(
     hosts.require_same([dataclasses.asdict(x) for x in (problem.config, _without_place(problem.options))])
     options, folder, past = problem.options, folders.folder_of(problem.algorithm, problem.options), None
     recording.require_packages(tensorboard=options.tensorboard, wandb_project=options.wandb)
+    if problem.configurations:
+        stopping.refuse_in_sweeps(options)
     with contextlib.ExitStack() as owned:
         if options.resume:
             owned.enter_context(folders.claim(folder, options))
@@ -104,7 +108,7 @@ def make_programs(problem: Problem) -> training.Programs:
         num_runs=options.num_seeds * max(1, len(problem.configurations)), max_devices=device_count(options),
         runs_mode=options.runs_mode, data_parallel=options.data_parallel, freeze=options.on_divergence == "freeze",
         eval_episodes=options.eval_episodes, eval_max_steps=options.eval_max_steps,
-        eval_states=options.eval_states, eval_rollouts=options.eval_rollouts,
+        eval_states=options.eval_states, eval_rollouts=options.eval_rollouts, keep_best=options.keep_best,
     )  # fmt: skip
 
 
@@ -157,6 +161,9 @@ class _Session:
         self.training_seconds = 0.0
         self.interrupted = False  # a signal has come to this process
         self.stopped = False  # all processes have agreed to stop
+        self.target = stop_target(options)
+        self.reached = False  # the evaluation that was to end the run was there
+        self.best = best.Best(self.programs) if options.keep_best else None
         self.last_returns: np.ndarray | None = None  # [runs, episodes]
         self.last_parts: dict[str, np.ndarray] = {}  # the same of each component of a vector of rewards, and of costs
         names = [", ".join(f"{what} {number}" for what, number in run.items()) for run in self.runs]
@@ -170,7 +177,15 @@ class _Session:
     def run(self) -> Path:
         self._print_plan()
         if self.past and self.past.iteration == self.total_iterations:
-            return self._complete()
+            return self._complete(
+                f"nothing is left to train: {self.now(self.past.iteration)} are done; a larger --total-steps trains "
+                "longer"
+            )
+        if self.past and self.target is not None and self.target <= self.past.about.get("reached", -np.inf):
+            return self._complete(
+                f"nothing is left to train: at {self.now(self.past.iteration)} every seed's evaluation had reached "
+                f"--stop-at {self.target:g}; a higher --stop-at, or none, trains on"
+            )
         started = time.perf_counter()
         self.console.print("compiling ...")
         read_before = compile_cache.hits()
@@ -201,7 +216,10 @@ class _Session:
             raise KeyboardInterrupt
         self._print_results(iteration)
         self._print_speed(iteration)
-        self._save_policies(state)
+        self._save_policies(state, self.folder / "policies")
+        self._note_target(iteration)
+        if self.best:
+            self._finish_best(state)
         if self.options.plots:
             self._draw_curve()
             self._draw_distribution(state)
@@ -209,30 +227,35 @@ class _Session:
         self.console.print(f"results in {self.folder}")
         return self.folder
 
-    def _complete(self) -> Path:
+    def _complete(self, why: str) -> Path:
         """Of a run that is trained to its end: say so, and make what is missing of its files."""
         iteration = self.past.iteration
-        self.console.print(
-            f"nothing is left to train: {self.now(iteration)} are done; a larger --total-steps trains longer"
-        )
+        self.console.print(why, soft_wrap=True)
         self._print_results(iteration)
-        suffix = ".npz" if self.agent.export else ".stablehlo"
-        policies = [self.folder / "policies" / f"{recording.run_name(run)}{suffix}" for run in self.runs]
-        no_policies, no_curve, no_distribution = hosts.by_first(
+        self.reached = "reached" in self.past.about
+        self._note_target(iteration)
+        policies, of_best = self.folder / "policies", self.folder / "policies" / best.FOLDER
+        no_policies, no_best, no_curve, no_distribution = hosts.by_first(
             lambda: [
-                not all(path.exists() for path in [*policies, policies[0].with_suffix(".stablehlo")]),
+                not all(path.exists() for path in self._policy_files(policies)),
+                bool(self.best)
+                and not all(path.exists() for path in [*self._policy_files(of_best), self.folder / best.TABLE]),
                 self.options.plots and not (self.folder / "learning_curve.png").exists(),
                 self.options.plots and not (self.folder / "return_distribution.png").exists(),
             ]
         )
         if no_curve:
             self._draw_curve()
-        if no_policies or no_distribution:
+        if no_policies or no_best or no_distribution:
             state = self._load(iteration)
             if no_policies:
-                self._save_policies(state)
+                self._save_policies(state, policies)
+            if no_best:
+                self._finish_best(state)
             if no_distribution:
                 self._draw_distribution(state)
+        if self.best and not no_best:
+            self._print_best()
         hosts.wait()
         self.console.print(f"results in {self.folder}")
         return self.folder
@@ -315,10 +338,11 @@ class _Session:
         longer = self.past.ring_steps < self.options.total_steps
         if longer:
             programs = make_programs(problem.fitted(self.past.ring_steps))
-        like = {"training": programs.abstract_training, "seconds": jax.ShapeDtypeStruct((), np.float64)}
-        loaded = self.checkpoints.load(iteration, like)
+        loaded = self.checkpoints.load(iteration, programs.abstract_checkpoint)
         self.training_seconds = float(loaded["seconds"])
         state = loaded["training"]
+        if self.best:
+            self.best = best.Best(self.programs, self.past.about["best"], loaded["best"])
         return training.grow_replay(state, self.programs.abstract_training) if longer else state
 
     def _continue_from(self, sources: Sequence[Path]) -> tuple[training.Training, int]:
@@ -393,7 +417,7 @@ class _Session:
             while True:
                 asked_to_stop, chunks = hosts.collect(np.int32([self.interrupted, chunk])).T
                 self.stopped, chunk = bool(asked_to_stop.any()), int(chunks.min())
-                if self.stopped or iteration == self.total_iterations:
+                if self.stopped or self.reached or iteration == self.total_iterations:
                     break
                 if len(self.watch.diverged) == len(self.runs) and iteration % self.eval_interval == 0:
                     self.console.print("all runs have diverged, so nothing is left to learn: stopped here")
@@ -420,7 +444,8 @@ class _Session:
                     state, averages = self.programs.take_metrics(state)
                     state = self._evaluate_and_record(state, hosts.gather(averages), iteration, recorder)
                     bar.evaluated(clock.now(iteration), self._headline(), self._rates())
-                if last or iteration % self.checkpoint_interval == 0:
+                    self.reached = stopping.all_reached(self.target, self.last_returns, self.watch.diverged)
+                if last or self.reached or iteration % self.checkpoint_interval == 0:
                     self._save(state, iteration, recorder)
                     saved_at = iteration
                 bar.move(clock.now(iteration), self._headline(), self._rates())
@@ -452,6 +477,8 @@ class _Session:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, 0)  # other numbers than the episodes'
             calibration = hosts.gather(self.programs.calibrate(state, keys))._asdict()
             judged |= {name: values for name, values in calibration.items() if values is not None}
+        if self.best:
+            self.best.look_at(state, episodes.episode_return, iteration)
         state = self.watch.note_broken_evaluations(state, judged, iteration, self.options.on_divergence == "freeze")
         largest_reward = hosts.gather(self.programs.largest_reward(state))
         bounds = self.watch.value_bounds(largest_reward, averages)
@@ -498,6 +525,10 @@ class _Session:
     def _save(self, state: training.Training, iteration: int, recorder: recording.Recorder) -> None:
         tree = {"training": state, "seconds": np.float64(self.training_seconds)}
         about = {"tables": recorder.seal(), "largest_bonus": self.watch.largest_bonus.tolist()}
+        if self.best:
+            tree["best"], about["best"] = self.best.kept, self.best.about()
+        if self.reached:
+            about["reached"] = self.target
         self.checkpoints.save(iteration, tree, about)
 
     def _headline(self) -> str:
@@ -516,21 +547,54 @@ class _Session:
 
     # -- after ----------------------------------------------------------------------------------------------------
 
-    def _save_policies(self, state: training.Training) -> None:
+    def _policy_files(self, folder: Path) -> list[Path]:
+        """What `_save_policies` writes into a folder."""
+        suffix = ".npz" if self.agent.export else ".stablehlo"
+        files = [folder / f"{recording.run_name(run)}{suffix}" for run in self.runs]
+        return [*files, files[0].with_suffix(".stablehlo")]
+
+    def _save_policies(self, state: training.Training, folder: Path) -> None:
         """Of the runs that this process holds, since parameters are not sent around."""
-        (self.folder / "policies").mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         bounds = action_bounds(self.problem.env, self.problem.env_params)
         for run in training.runs_here(state):
             name = self.runs[run]
             agent = self.problem.agent(self._config_of(run))
             trained = training.one_run(training.without_replay(state.state), run)
-            path = self.folder / "policies" / recording.run_name(name)
+            path = folder / recording.run_name(name)
             if agent.export:
                 portable.save_policy(path.with_suffix(".npz"), agent.export(trained), *bounds)
             if run == 0 or not agent.export:  # of the first run only, where it can: it takes up to a second
                 observation = interaction.transition_like(self.problem.env, self.problem.env_params).observation
                 program = portable.export_program(agent, trained, observation, *bounds)
                 path.with_suffix(".stablehlo").write_bytes(program)
+
+    def _finish_best(self, state: training.Training) -> None:
+        """Export the best policies, let them play new episodes, and say what became of the numbers that chose them."""
+        self._save_policies(self.best.put_into(state), self.folder / "policies" / best.FOLDER)
+        episodes = self.best.play(state, self.evaluation_keys)
+        hosts.by_first(lambda: best.write(self.folder, self.runs, self.best, episodes, self.clock))
+        self._print_best()
+
+    def _print_best(self) -> None:
+        if hosts.is_first():
+            best.print_found(best.read(self.folder), self.console, self.clock.unit)
+
+    def _note_target(self, iteration: int) -> None:
+        """Write into `config.json` when each seed first reached --stop-at, and say it."""
+        if self.target is None or not hosts.is_first():
+            return
+        reached = {
+            "return": self.target, "stopped": self.reached, "iteration": iteration,
+            "first": stopping.first_reached(self.folder, self.runs, self.target),
+        }  # fmt: skip
+        about = {**recording.read_config(self.folder), "reached": reached}
+        recording.write_json(self.folder / "config.json", about)
+        self.console.print(stopping.said(reached, self.clock.unit), soft_wrap=True, highlight=False)
+        if self.reached:
+            self.console.print(
+                "the last evaluation ended the run, so it flatters; jaxrl-dist evaluate plays new episodes"
+            )
 
     def _print_results(self, iteration: int) -> None:
         if self.problem.configurations:  # a study prints its own

@@ -159,6 +159,17 @@ def _with_learned(state: Any, learned: Sequence[jax.Array]) -> Any:
     return jax.tree.unflatten(structure, [next(rest) if _is_learned(node) else node for node in nodes])
 
 
+def better_of(kept: tuple[jax.Array, ...], state: Any, better: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays by which a policy acts, all but replay and environments: those of `state` where it is `better`, else
+    those `kept` before; `with_policy` puts them back."""
+    return tuple(jnp.where(better, now, before) for now, before in zip(_learned(state), kept, strict=True))
+
+
+def with_policy(training: Training, kept: Sequence[jax.Array]) -> Training:
+    """The training with the arrays of `better_of` in its state, to evaluate or export them."""
+    return training._replace(state=_with_learned(training.state, kept))
+
+
 def largest_reward(state: Any) -> jax.Array:
     """The largest |reward| that the environments in an agent's state have given; NaN where it has none."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Interaction))
@@ -305,11 +316,13 @@ class Programs:
         eval_max_steps: int = 0,
         eval_states: int = 0,
         eval_rollouts: int = 32,
+        keep_best: bool = False,
     ):
         """`configs` is a configuration whose floats are scalars shared by all runs, or arrays `[runs]`.
 
         data: what all runs learn from, for algorithms that are given arrays; it is held once by every device. freeze:
-        runs that break are frozen (`advance`), the others go on.
+        runs that break are frozen (`advance`), the others go on. keep_best: there is a program `keep_better`, and what
+        it keeps counts as part of what is held and saved.
         """
         switches.settle()
         self.num_runs = num_runs
@@ -408,6 +421,9 @@ class Programs:
             jax.vmap(take_metrics), donate_argnums=0, out_shardings=(self._training_sharding, self.sharding)
         )
         self._largest_reward = jax.jit(jax.vmap(largest_reward), out_shardings=self.sharding)
+        self.keeps_best = keep_best
+        if keep_best:
+            self._keep_better = jax.jit(jax.vmap(better_of), donate_argnums=0, out_shardings=self.sharding)
 
     @functools.cached_property
     def abstract_training(self) -> Training:
@@ -416,6 +432,19 @@ class Programs:
         shapes = self._begin.eval_shape(self.configs, keys, *self.data)
         shardings = jax.tree.broadcast(self._training_sharding, shapes)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    @functools.cached_property
+    def abstract_best(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and shardings of what `keep_better` keeps; () where it keeps nothing."""
+        learned = _learned(self.abstract_training.state) if self.keeps_best else ()
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding) for x in learned)
+
+    @property
+    def abstract_checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint of a run holds, in shapes: the training, its seconds, and the best policies if kept."""
+        best = {"best": self.abstract_best} if self.keeps_best else {}
+        seconds = jax.ShapeDtypeStruct((), np.float64)
+        return {"training": self.abstract_training, "seconds": seconds} | best
 
     @functools.cached_property
     def traces(self) -> dict[str, jax.stages.Traced]:
@@ -432,6 +461,9 @@ class Programs:
             traces["calibrate"] = self._calibrate.trace(training, self.configs, keys, *self.data)
         if self.agent.pretrain:
             traces["pretrain"] = self._pretrain.trace(training, self.configs, np.int32(0), *self.data)
+        if self.keeps_best:
+            better = hosts.place(np.zeros(self.num_runs, bool), self.sharding)
+            traces["keep_better"] = self._keep_better.trace(self.abstract_best, training.state, better)
         return traces
 
     def _spread(self, configs: Any) -> Any:
@@ -479,6 +511,14 @@ class Programs:
     def largest_reward(self, training: Training) -> jax.Array:
         """The largest |reward| that each run has seen, `[runs]`; NaN where its environments are not in its state."""
         return self._largest_reward(training.state)
+
+    def nothing_kept(self) -> tuple[jax.Array, ...]:
+        """What there is for `keep_better` to replace before anything was kept: zeros."""
+        return tuple(hosts.place(np.zeros(x.shape, x.dtype), x.sharding) for x in self.abstract_best)
+
+    def keep_better(self, kept: tuple[jax.Array, ...], training: Training, better: np.ndarray) -> tuple[jax.Array, ...]:
+        """`kept` (consumed), with the policies of the runs that are `better` `[runs]` in place of their old ones."""
+        return self._keep_better(kept, training.state, hosts.place(better, self.sharding))
 
     def mark(self, training: Training, broken_at: np.ndarray) -> Training:
         """The training with other `broken_at` `[runs, watched]`: what the host found broken is frozen from now on."""
@@ -563,9 +603,12 @@ def join_runs(parts: Sequence[Any], like: Any, shardings: Any) -> Any:
 
 
 def grow_replay(runs: Training, like: Training) -> Training:
-    """Runs `[runs, ...]` whose replay has never wrapped, with the room in it that `like` has, and its shardings."""
+    """Runs `[runs, ...]` with the room in their replay that `like` has, and its shardings; one that has wrapped is as
+    large as it was asked to be, and stays as it is."""
 
     def grown(node, wanted):
+        if jax.tree.map(jnp.shape, node) == jax.tree.map(jnp.shape, wanted):
+            return node
         if isinstance(node, Replay):
             capacity = jax.tree.leaves(wanted.rows)[0].shape[1]
             return jax.vmap(lambda one: replay.grow(one, capacity))(node)

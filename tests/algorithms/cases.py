@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import by_hand
 import jax
 import jax.numpy as jnp
+from gymnax.environments import spaces
 
 from jaxrl_dist.envs import stock
 from jaxrl_dist.envs.factored import MultiDiscrete
 from jaxrl_dist.envs.probe import Probe, ProbeParams
+from jaxrl_dist.envs.tokens import Tokens
 from jaxrl_dist.learning import interaction
 from jaxrl_dist.learning.interaction import Transition
 from jaxrl_dist.running.catalog import find_algorithm
@@ -75,6 +77,42 @@ class WithRewards(Probe):
 
 
 REWARDS = World(WithRewards(discrete_actions=2), bare, LOOKS, 2)
+
+
+class WithTokens(Tokens):
+    """The discrete probe in two tokens behind a prompt of one, which is its observation: the second is its action, and
+    earns the values of the probe, with their discount, at once. Tokens beyond the probe's actions are wrong ones."""
+
+    names, prompt_length, completion_length, name = ("0", "1", "2"), 1, 2, "tokens"
+
+    def draw(self, key):
+        return jax.random.randint(key, (1,), 0, 3), jnp.ones(2, jnp.int32)
+
+    def attempt(self, key, prompt):
+        return jax.random.randint(key, (2,), 0, 3)
+
+    def verify(self, prompt, completion):
+        return jnp.float32(0), jnp.array(True)
+
+    def step_env(self, key, state, action, params):
+        _, state, _, ended, info = super().step_env(key, state, action, params)
+        seen = self.observe(state)
+        earned = Probe(2).action_value(params, seen[:1], action, DISCOUNT)
+        return seen, state, jnp.where(ended, earned, 0.0).astype(jnp.float32), ended, info
+
+    def observe(self, state):
+        seen = super().observe(state)
+        return jnp.append(jnp.array([0, 1, -1])[seen[0]], seen).astype(jnp.float32)
+
+    def split(self, observation):
+        return super().split(observation[..., 1:])
+
+    def observation_space(self, params=None):
+        return spaces.Box(-1.0, 3.0, (5,))
+
+
+# The prompt's token, a first one, room for a second, and that two are written.
+TOKENS = World(WithTokens(), bare, jnp.array([[-1.0, 2, 0, 0, 2], [0, 0, 0, 0, 2], [1, 1, 0, 0, 2]]), 2)
 
 
 def with_stock() -> World:
@@ -540,6 +578,24 @@ CASES = {
         },
         "value_loss actor_loss critic_loss value target advantage weight bounded_weights critic_gradient_norm",
         CONTINUOUS, None, replay=False, data=any_action, iterations=1800,
+    ),
+    # At first guidance changes few tokens, and in one iteration none for sure.
+    "q_sharp": Case(
+        SUPPORT | {
+            "num_envs": 32, "pretraining": 0, "eta": 1.0, "roll_in": "guided", "width": 16, "num_blocks": 1,
+            "num_heads": 2, "learning_rate": 1e-2, "gradient_bound": 0.05, "decoding": "greedy",
+        },
+        {"eta": 0.5, "gradient_bound": 1.0},  # a smaller eta would look at atoms above all rewards
+        {
+            "eta": LATER, "temperature": LATER, "learning_rate": only("value"),
+            "gradient_bound": feels("value_optimizer", "reference reference_optimizer"),
+            "v_min": feels("value value_optimizer", "reference reference_optimizer"),
+            "v_max": feels("value value_optimizer", "reference reference_optimizer"),
+        },
+        VALUE_METRICS + "clipped_mass", TOKENS,
+        Learning("token/tree", 51_200, 0.95), replay=False, iterations=350,
+        # Of pretraining, of how it is evaluated, and of vocabularies that are larger: see its own tests.
+        dead=("pretraining", "pretraining_batch", "pretraining_learning_rate", "weight_decay", "decoding", "top_k"),
     ),
     "decoupled_dqn": value_based(
         FACTORED_SMALL, FACTORED_QUIET, FACTORED_FEELS, world=FACTORED,

@@ -383,7 +383,7 @@ OTHERS = {
     "mapping": "log",
     "optimizer": "adam",
     "num_members": 1,
-    "target_policy": "uniform",
+    "target_policy": "uniform", "guide": "cd", "roll_in": "reference",
 }  # fmt: skip
 
 
@@ -485,8 +485,9 @@ ABOVE_0 = {
     "initial_temperature", "reward_scale", "min_std", "max_std", "target_bound", "bound_width", "adam_epsilon",
     "action_gradient_bound", "stock_scale", "clip_range", "gradient_bound", "weight_bound", "temperature",
     "rmsprop_epsilon", "bonus_range", "map_scale", "smallest_value", "averaging_rate",
+    "eta",
 }  # fmt: skip
-COUNTS_FROM_0 = {"quantiles_dropped", "annealing_steps", "actor_decay_updates"}
+COUNTS_FROM_0 = {"quantiles_dropped", "annealing_steps", "actor_decay_updates", "pretraining", "top_k"}
 
 
 @every_agent

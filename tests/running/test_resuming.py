@@ -111,6 +111,17 @@ def test_a_run_that_is_trained_longer_is_the_longer_run(copy, tmp_path_factory):
     assert description["config"]["replay_capacity"] == 10_000, "what was asked for, not what a total made of it"
 
 
+def test_a_ring_that_has_wrapped_goes_on_where_it_was(tmp_path):
+    """As large as was asked for, whatever the total: nothing grows, and the next row is written where it would be."""
+    config = dataclasses.replace(CONFIG, replay_capacity=60)
+    every = {"eval_every": 48, "checkpoint_every": 48}
+    longer = train(tmp_path / "longer", config, total_steps=280, **every)
+    folder = train(tmp_path / "shorter", config, **every)
+    train(tmp_path / "shorter", config, total_steps=280, resume="latest", **every)
+    for one, other in zip(tables(folder), tables(longer), strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
 def test_priorities_grow_with_the_replay_as_if_they_had_been_that_large_from_the_start():
     def filled(capacity):
         buffer = replay.add(replay.create(np.float32(0), capacity), np.arange(5, dtype=np.float32)[:1])

@@ -1,0 +1,1 @@
+"""Agents whose actions are the tokens of a sequence."""

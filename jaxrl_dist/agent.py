@@ -124,7 +124,7 @@ class Agent(NamedTuple):
     policy: Policy
     clock: Clock
     claim: Claim | None = None
-    """None where a paper makes none (behaviour cloning), or where the policy remembers."""
+    """None where a paper makes none (behaviour cloning), or where the policy that it would be about remembers."""
     export: Callable[[Any], dict[str, jax.Array]] | None = None
     """`export(state) -> arrays`: the evaluation policy for `portable.save_policy`; without it there is only its
     StableHLO program."""

@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,6 +114,7 @@ def _menu(items: list, page: Page) -> None:
     items.append(page.uri)
 
 
+@event_priority(100)  # before mkdocstrings looks which folders there are
 def on_config(config):
     """For the reference: the modules as they are installed, in one folder."""
     there = ROOT / "build" / "reference" / "jaxrl_dist"

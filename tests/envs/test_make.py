@@ -15,8 +15,8 @@ from jaxrl_dist.envs import available, make, rescale_actions
 def test_available_lists_every_family():
     families = available()
     assert set(families) == {
-        "gymnax", "brax", "probe", "bridge", "comb_lock", "factored", "maze", "multi_reward", "tabular", "token",
-        "velocity_free", "stock", "discretised",
+        "gymnax", "brax", "mujoco", "probe", "bridge", "comb_lock", "factored", "maze", "multi_reward", "tabular",
+        "token", "velocity_free", "stock", "discretised",
     }  # fmt: skip
     assert set(registered_envs) - set(families["gymnax"]) == {"MNISTBandit-bsuite"}
     assert len(families["brax"]) == 12

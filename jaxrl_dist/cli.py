@@ -380,12 +380,15 @@ def _command(arguments: list[str]) -> None:
 
 def _list(console: Console) -> None:
     from jaxrl_dist import envs
+    from jaxrl_dist.envs import registry
 
     table = Table("family", "algorithm", "what it is", title="algorithms")
     for name, module in sorted(algorithms().items(), key=lambda item: item[1]):
         table.add_row(module.split(".")[-2], name, title(name))
     console.print(table)
     console.print(_support(envs.available()))
+    others = ", ".join(f"{package}NAME" for package in registry.PACKAGES)
+    console.print(f"where their packages are installed, also {others}")
 
 
 def _support(environments: Mapping[str, Sequence[str]]) -> Table:

@@ -20,8 +20,6 @@ physics step, hopper/spring, random actions, CPU time on one busy core (medians 
 Random actions fall over after about a hundred steps; longer episodes cost less.
 """
 
-import contextlib
-import io
 import types
 from typing import Any
 
@@ -32,23 +30,9 @@ from flax import struct
 from gymnax.environments import environment, spaces
 
 from jaxrl_dist.envs.automatic_reset import ResetWhereEnded
+from jaxrl_dist.envs.quiet import without_warp_lines
 
-
-@contextlib.contextmanager
-def _without_warp_lines():
-    """MuJoCo prints one line each for two optional packages that we do not need; everything else is printed still."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            yield
-    finally:
-        harmless = ("Failed to import warp:", "Failed to import mujoco_warp:")
-        for line in printed.getvalue().splitlines():
-            if not line.startswith(harmless):
-                print(line)
-
-
-with _without_warp_lines():
+with without_warp_lines():
     from brax import envs as brax_envs
     from brax import fluid
 

@@ -9,7 +9,7 @@ Gymnasium: positions of bodies are those of the last evaluation of the forces, o
 What differs:
 
 - Precision. MJX computes in float32, MuJoCo in float64. Contacts are stiff, so trajectories part there in the end
-  (`experiments/mujoco_physics` says how far).
+  (`experiments/mujoco_physics` measures how far).
 - Humanoid and HumanoidStandup ask for the solver PGS, which MJX lacks: they take Newton.
 - After a reset the solver starts from zero rather than from the resting accelerations, which changes its result within
   its tolerance; forces that are observed (`qfrc_constraint` of InvertedDoublePendulum) are 0 in the first observation.
@@ -19,9 +19,7 @@ What differs:
 A step takes 20 to 80 s to compile on two cores.
 """
 
-import contextlib
 import importlib.util
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,9 @@ from flax import struct
 from gymnax.environments import environment, spaces
 
 from jaxrl_dist.envs.automatic_reset import ResetWhereEnded
+from jaxrl_dist.envs.quiet import without_warp_lines
 
-with contextlib.redirect_stdout(io.StringIO()):  # MuJoCo says that it has no warp, which nothing here needs
+with without_warp_lines():
     import mujoco
     from mujoco import mjx
 
@@ -169,12 +168,11 @@ class Task(ResetWhereEnded):
 
     def __init__(self) -> None:
         super().__init__()
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.mujoco_model = mujoco.MjModel.from_xml_path(str(assets() / self.model_file))
-            if self.mujoco_model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
-                self.mujoco_model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
-            self.model = mjx.put_model(self.mujoco_model, impl="jax")
-            self.data = mjx.make_data(self.mujoco_model, impl="jax")
+        self.mujoco_model = mujoco.MjModel.from_xml_path(str(assets() / self.model_file))
+        if self.mujoco_model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
+            self.mujoco_model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+        self.model = mjx.put_model(self.mujoco_model, impl="jax")
+        self.data = mjx.make_data(self.mujoco_model, impl="jax")
         self.step_seconds = float(self.mujoco_model.opt.timestep) * self.frame_skip
 
     # The task.

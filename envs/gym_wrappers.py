@@ -181,7 +181,18 @@ class FrameStack(Remembering):
 
 
 @dataclasses.dataclass(frozen=True)
-class TimeAware(Remembering):
+class Counting(Remembering):
+    """One that remembers how many steps an episode has had."""
+
+    def fresh(self, observation: jax.Array, params: Any) -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    def following(self, memory: jax.Array, observation: jax.Array, params: Any) -> jax.Array:
+        return memory + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeAware(Counting):
     """Vectors `[n]` with the share of `max_steps_in_episode` that has passed at their end, `[n + 1]`."""
 
     def observation_space(self, params: Any = None) -> spaces.Box:
@@ -192,28 +203,16 @@ class TimeAware(Remembering):
         )
         return spaces.Box(low, high, low.shape)
 
-    def fresh(self, observation: jax.Array, params: Any) -> jax.Array:
-        return jnp.zeros((), jnp.int32)
-
-    def following(self, memory: jax.Array, observation: jax.Array, params: Any) -> jax.Array:
-        return memory + 1
-
     def shown(self, memory: jax.Array, observation: jax.Array, params: Any) -> jax.Array:
         share = memory / jnp.asarray(params.max_steps_in_episode, jnp.float32)
         return jnp.append(observation.astype(jnp.float32), share)
 
 
 @dataclasses.dataclass(frozen=True)
-class TimeLimit(Remembering):
+class TimeLimit(Counting):
     """An episode is truncated after `limit` steps."""
 
     limit: int
-
-    def fresh(self, observation: jax.Array, params: Any) -> jax.Array:
-        return jnp.zeros((), jnp.int32)
-
-    def following(self, memory: jax.Array, observation: jax.Array, params: Any) -> jax.Array:
-        return memory + 1
 
     @partial(jax.jit, static_argnames=("self",))
     def step(self, key: jax.Array, state: WrappedState, action: jax.Array, params: Any = None) -> tuple:

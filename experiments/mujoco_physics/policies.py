@@ -3,7 +3,7 @@
 PPO with its presets for `mujoco/...`, several seeds; the curves are evaluations in MJX. The last policies then play as
 many episodes in each: the last evaluation in MJX, and Gymnasium's environment with the exported policies (numpy).
 Writes `evaluations_TASK.csv`, `curve_TASK.png`, `policies.csv` (a row per task and seed, one more for all) and
-`policies.json`.
+`policies_TASK.json`.
 
     python experiments/mujoco_physics/policies.py            # Hopper: an hour and a half on one core
 """
